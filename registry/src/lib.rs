@@ -4,6 +4,18 @@
 //! the hash of their keys; [`snapshot::Snapshot`] reads those pages in place and answers a [`lookup::Request`] or
 //! [`lookup::Connection`] with a [`decision::Decision`]. Nothing here does I/O or reads a clock.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![forbid(unsafe_code)]
+
+pub mod authority;
 pub mod decision;
+mod encode;
+mod hash;
+pub mod lookup;
 pub mod name;
+pub mod page;
 pub mod row;
+pub mod snapshot;
+pub mod write;
+
+pub use encode::EncodeError;

@@ -1,0 +1,479 @@
+//! Bytes of a row, and reading them in place. A reader that meets anything but what the writer writes gives up with
+//! `None`, which is a miss: a page was checked as a whole when it arrived.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+use crate::decision::OriginRef;
+use crate::name::HostPattern;
+use crate::row::{CatchAll, Choice, Globals, HostPort, MAX_LOSERS, Origin, OriginKind, Row, RowKey};
+
+pub(crate) const TAG_EXACT: u8 = 1;
+pub(crate) const TAG_SUFFIX: u8 = 2;
+pub(crate) const TAG_ADDRESS: u8 = 3;
+pub(crate) const TAG_PORT: u8 = 4;
+pub(crate) const TAG_PREFIX: u8 = 5;
+pub(crate) const TAG_GLOBALS: u8 = 6;
+pub(crate) const TAG_SUFFIXES: u8 = 7;
+
+const HTTP: u8 = 1;
+const SNI: u8 = 2;
+const PROXY: u8 = 4;
+const SNI_AS_HTTP: u8 = 8;
+const PROXY_AS_BEFORE: u8 = 16;
+
+/// Why a row was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum EncodeError {
+    /// A row must fit a page.
+    #[error("row of {got} bytes, expected at most {max}")]
+    TooLarge {
+        /// Its size.
+        got: usize,
+        /// The limit.
+        max: usize,
+    },
+}
+
+/// What a host port is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    Http,
+    Sni,
+    Proxy,
+}
+
+// === keys ===
+
+pub(crate) fn key(key: &RowKey) -> (u8, Vec<u8>) {
+    match key {
+        RowKey::Host(HostPattern::Exact(host)) => (TAG_EXACT, host.as_str().as_bytes().to_vec()),
+        RowKey::Host(HostPattern::Suffix(suffix)) => (TAG_SUFFIX, suffix.as_bytes().to_vec()),
+        RowKey::Address(address, port) => (TAG_ADDRESS, address_key(*address, *port).to_vec()),
+        RowKey::Port(port) => (TAG_PORT, port.to_be_bytes().to_vec()),
+        RowKey::Prefix(port, net) => {
+            (TAG_PREFIX, prefix_key(net.network(), net.prefix_len(), *port).to_vec())
+        }
+        RowKey::Globals => (TAG_GLOBALS, Vec::new()),
+    }
+}
+
+fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn concat<const N: usize>(parts: &[&[u8]]) -> [u8; N] {
+    let mut out = [0; N];
+    for (to, from) in out.iter_mut().zip(parts.iter().flat_map(|p| p.iter())) {
+        *to = *from;
+    }
+    out
+}
+
+/// A v4-mapped address is the v4 address.
+pub(crate) fn address_key(address: IpAddr, port: u16) -> [u8; 18] {
+    concat(&[&octets(address), &port.to_be_bytes()])
+}
+
+/// `address` is masked already.
+pub(crate) fn prefix_key(address: IpAddr, len: u8, port: u16) -> [u8; 20] {
+    let family = u8::from(address.is_ipv6());
+    concat(&[&octets(address), &[len, family], &port.to_be_bytes()])
+}
+
+// === writing ===
+
+#[derive(Default)]
+struct Out {
+    bytes: Vec<u8>,
+    origins: Vec<Origin>,
+}
+
+impl Out {
+    fn varint(&mut self, mut v: usize) {
+        while v >= 0x80 {
+            self.bytes.push((v & 0x7f) as u8 | 0x80);
+            v >>= 7;
+        }
+        self.bytes.push(v as u8);
+    }
+
+    fn text(&mut self, s: &str) {
+        self.varint(s.len());
+        self.bytes.extend_from_slice(s.as_bytes());
+    }
+
+    fn origin(&mut self, origin: &Origin) {
+        let at = self.origins.iter().position(|o| o == origin).unwrap_or_else(|| {
+            self.origins.push(origin.clone());
+            self.origins.len() - 1
+        });
+        self.varint(at);
+    }
+
+    fn choice(&mut self, choice: &Choice, own: Option<(u16, &str)>) {
+        let form = own.map_or(2, |(port, host)| cluster_form(&choice.cluster, port, host));
+        let losers = choice.losers.get(..MAX_LOSERS).unwrap_or(&choice.losers);
+        self.bytes.push(form | ((losers.len() as u8) << 2));
+        self.origin(&choice.winner);
+        losers.iter().for_each(|loser| self.origin(loser));
+        if form == 2 {
+            self.text(&choice.cluster);
+        }
+    }
+
+    /// The origins stand before what names them.
+    fn finish(self) -> Vec<u8> {
+        let mut head = Out::default();
+        head.varint(self.origins.len());
+        for origin in &self.origins {
+            head.bytes.push(match origin.kind {
+                OriginKind::ServiceEntry => 0,
+                OriginKind::Service => 1,
+                OriginKind::VirtualService => 2,
+            });
+            head.text(&origin.namespace);
+            head.text(&origin.name);
+        }
+        head.bytes.extend_from_slice(&self.bytes);
+        head.bytes
+    }
+}
+
+fn cluster_form(cluster: &str, port: u16, host: &str) -> u8 {
+    let own = |prefix: &str| {
+        cluster
+            .strip_prefix(prefix)
+            .and_then(|c| c.split_once("||"))
+            .is_some_and(|(p, h)| h == host && p == port.to_string())
+    };
+    if own("outbound|") {
+        0
+    } else if own("forward|") {
+        1
+    } else {
+        2
+    }
+}
+
+fn host_port(out: &mut Out, port: &HostPort, pattern: &str) {
+    let mut flags = 0;
+    flags |= if port.http.is_some() { HTTP } else { 0 };
+    flags |= if port.sni.is_some() { SNI } else { 0 };
+    flags |= if port.proxy.is_some() { PROXY } else { 0 };
+    let sni_as_http = port.sni.is_some() && port.sni == port.http;
+    let before = port.sni.as_ref().or(port.http.as_ref());
+    let proxy_as_before = port.proxy.is_some() && port.proxy.as_ref() == before;
+    flags |= if sni_as_http { SNI_AS_HTTP } else { 0 };
+    flags |= if proxy_as_before { PROXY_AS_BEFORE } else { 0 };
+    out.bytes.extend_from_slice(&port.port.to_le_bytes());
+    out.bytes.push(flags);
+    let own = Some((port.port, pattern));
+    let stored = [
+        port.http.as_ref(),
+        port.sni.as_ref().filter(|_| !sni_as_http),
+        port.proxy.as_ref().filter(|_| !proxy_as_before),
+    ];
+    stored.into_iter().flatten().for_each(|c| out.choice(c, own));
+}
+
+fn optional(out: &mut Out, choices: [Option<&Choice>; 2]) {
+    let [first, second] = choices.map(|c| c.is_some());
+    out.bytes.push(u8::from(first) | u8::from(second) << 1);
+    choices.into_iter().flatten().for_each(|c| out.choice(c, None));
+}
+
+pub(crate) fn value(row: &Row) -> Vec<u8> {
+    let mut out = Out::default();
+    match row {
+        Row::Host { pattern, ports } => {
+            let text = pattern.to_string();
+            out.varint(ports.len());
+            ports.iter().for_each(|p| host_port(&mut out, p, &text));
+        }
+        Row::Address { http, tcp, .. } => optional(&mut out, [http.as_ref(), tcp.as_ref()]),
+        Row::Port { http, tcp, prefixes, .. } => {
+            let (mut v4, mut v6) = (0u64, [0u8; 17]);
+            for net in prefixes {
+                match net {
+                    IpNet::V4(n) => v4 |= 1 << n.prefix_len(),
+                    IpNet::V6(n) => set_bit(&mut v6, n.prefix_len()),
+                }
+            }
+            let has_v6 = v6 != [0; 17];
+            out.bytes.push(u8::from(*http) | u8::from(v4 != 0) << 1 | u8::from(has_v6) << 2);
+            if v4 != 0 {
+                out.bytes.extend_from_slice(&v4.to_le_bytes());
+            }
+            if has_v6 {
+                out.bytes.extend_from_slice(&v6);
+            }
+            optional(&mut out, [tcp.as_ref(), None]);
+        }
+        Row::Prefix { tcp, sni, .. } => {
+            optional(&mut out, [tcp.as_ref(), None]);
+            out.varint(sni.len());
+            for (pattern, choice) in sni {
+                out.text(&pattern.to_string());
+                out.choice(choice, None);
+            }
+        }
+        Row::Globals(globals) => {
+            let mode = match globals.catch_all {
+                CatchAll::Block => 0,
+                CatchAll::PassThrough => 1,
+                CatchAll::DynamicDns => 2,
+            };
+            return vec![mode, u8::from(globals.gateway)];
+        }
+    }
+    out.finish()
+}
+
+pub(crate) fn set_bit(bits: &mut [u8], at: u8) {
+    if let Some(byte) = bits.get_mut(usize::from(at / 8)) {
+        *byte |= 1 << (at % 8);
+    }
+}
+
+pub(crate) fn bit(bits: &[u8], at: u8) -> bool {
+    bits.get(usize::from(at / 8)).is_some_and(|byte| byte >> (at % 8) & 1 == 1)
+}
+
+// === reading ===
+
+/// A place in bytes, moved on by what is read.
+#[derive(Clone, Copy)]
+pub(crate) struct Cursor<'s>(pub(crate) &'s [u8]);
+
+impl<'s> Cursor<'s> {
+    pub(crate) fn take(&mut self, n: usize) -> Option<&'s [u8]> {
+        let (head, tail) = self.0.split_at_checked(n)?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, tail) = self.0.split_first_chunk::<N>()?;
+        self.0 = tail;
+        Some(*head)
+    }
+
+    pub(crate) fn u8(&mut self) -> Option<u8> {
+        self.array().map(|[b]| b)
+    }
+
+    pub(crate) fn varint(&mut self) -> Option<usize> {
+        let mut v = 0usize;
+        for shift in [0, 7, 14, 21] {
+            let byte = self.u8()?;
+            v |= usize::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some(v);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn bytes(&mut self) -> Option<&'s [u8]> {
+        let n = self.varint()?;
+        self.take(n)
+    }
+
+    fn text(&mut self) -> Option<&'s str> {
+        std::str::from_utf8(self.bytes()?).ok()
+    }
+}
+
+/// A [`Choice`] as it lies in a snapshot.
+#[derive(Clone, Copy)]
+pub(crate) struct ChoiceRef<'s> {
+    pub(crate) cluster: ClusterRef<'s>,
+    origins: Cursor<'s>,
+    ids: Cursor<'s>,
+    losers: u8,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum ClusterRef<'s> {
+    Outbound,
+    Forward,
+    Named(&'s str),
+}
+
+impl<'s> ChoiceRef<'s> {
+    pub(crate) fn winner(&self) -> Option<OriginRef<'s>> {
+        let mut ids = self.ids;
+        self.origin(ids.varint()?)
+    }
+
+    pub(crate) fn losers(&self) -> Vec<OriginRef<'s>> {
+        let mut ids = self.ids;
+        if self.losers == 0 || ids.varint().is_none() {
+            return Vec::new();
+        }
+        (0..self.losers).filter_map(|_| self.origin(ids.varint()?)).collect()
+    }
+
+    fn origin(&self, at: usize) -> Option<OriginRef<'s>> {
+        let mut c = self.origins;
+        for i in 0..=at {
+            let kind = match c.u8()? {
+                0 => OriginKind::ServiceEntry,
+                1 => OriginKind::Service,
+                _ => OriginKind::VirtualService,
+            };
+            if i == at {
+                return Some(OriginRef { kind, namespace: c.text()?, name: c.text()? });
+            }
+            c.bytes()?;
+            c.bytes()?;
+        }
+        None
+    }
+}
+
+/// A row's value after its table of origins.
+#[derive(Clone, Copy)]
+pub(crate) struct Value<'s> {
+    origins: Cursor<'s>,
+    rest: Cursor<'s>,
+}
+
+impl<'s> Value<'s> {
+    pub(crate) fn open(bytes: &'s [u8]) -> Option<Self> {
+        let mut c = Cursor(bytes);
+        let n = c.varint()?;
+        let origins = c;
+        for _ in 0..n {
+            c.u8()?;
+            c.bytes()?;
+            c.bytes()?;
+        }
+        Some(Value { origins, rest: c })
+    }
+
+    fn choice(&self, c: &mut Cursor<'s>) -> Option<ChoiceRef<'s>> {
+        let flags = c.u8()?;
+        let losers = flags >> 2;
+        let ids = *c;
+        for _ in 0..=losers {
+            c.varint()?;
+        }
+        let cluster = match flags & 3 {
+            0 => ClusterRef::Outbound,
+            1 => ClusterRef::Forward,
+            _ => ClusterRef::Named(c.text()?),
+        };
+        Some(ChoiceRef { cluster, origins: self.origins, ids, losers })
+    }
+
+    fn optional(&self, c: &mut Cursor<'s>) -> Option<[Option<ChoiceRef<'s>>; 2]> {
+        let flags = c.u8()?;
+        let first = if flags & 1 != 0 { Some(self.choice(c)?) } else { None };
+        let second = if flags & 2 != 0 { Some(self.choice(c)?) } else { None };
+        Some([first, second])
+    }
+
+    /// What a Host row says of a port.
+    pub(crate) fn host_port(&self, port: u16, wanted: Use) -> Option<ChoiceRef<'s>> {
+        let mut c = self.rest;
+        for _ in 0..c.varint()? {
+            let number = u16::from_le_bytes(c.array()?);
+            let flags = c.u8()?;
+            let http = if flags & HTTP != 0 { Some(self.choice(&mut c)?) } else { None };
+            let sni = match flags & (SNI | SNI_AS_HTTP) {
+                0 | SNI_AS_HTTP => None,
+                SNI => Some(self.choice(&mut c)?),
+                _ => http,
+            };
+            let proxy = match flags & (PROXY | PROXY_AS_BEFORE) {
+                0 | PROXY_AS_BEFORE => None,
+                PROXY => Some(self.choice(&mut c)?),
+                _ => sni.or(http),
+            };
+            if number == port {
+                return match wanted {
+                    Use::Http => http,
+                    Use::Sni => sni,
+                    Use::Proxy => proxy,
+                };
+            }
+        }
+        None
+    }
+
+    /// An Address row: (http, tcp).
+    pub(crate) fn address(&self) -> Option<[Option<ChoiceRef<'s>>; 2]> {
+        self.optional(&mut self.rest.clone())
+    }
+
+    pub(crate) fn port(&self) -> Option<PortRef<'s>> {
+        let mut c = self.rest;
+        let flags = c.u8()?;
+        let v4 = if flags & 2 != 0 { u64::from_le_bytes(c.array()?) } else { 0 };
+        let v6 = if flags & 4 != 0 { c.take(17)? } else { &[] };
+        let [tcp, _] = self.optional(&mut c)?;
+        Some(PortRef { v4, v6, tcp })
+    }
+
+    /// A Prefix row's choice for a server name, if one matches: exact first, then the longest wildcard.
+    pub(crate) fn prefix_sni(&self, name: &str) -> Option<ChoiceRef<'s>> {
+        let mut c = self.rest;
+        self.optional(&mut c)?;
+        let mut best: Option<(usize, ChoiceRef<'s>)> = None;
+        for _ in 0..c.varint()? {
+            let pattern = c.text()?;
+            let choice = self.choice(&mut c)?;
+            let rank = match pattern.strip_prefix('*') {
+                None if pattern == name => usize::MAX,
+                Some(suffix) if name.len() > suffix.len() && name.ends_with(suffix) => suffix.len() + 1,
+                _ => continue,
+            };
+            if best.is_none_or(|(r, _)| rank > r) {
+                best = Some((rank, choice));
+            }
+        }
+        best.map(|(_, choice)| choice)
+    }
+
+    pub(crate) fn prefix_tcp(&self) -> Option<ChoiceRef<'s>> {
+        let [tcp, _] = self.optional(&mut self.rest.clone())?;
+        tcp
+    }
+}
+
+pub(crate) struct PortRef<'s> {
+    v4: u64,
+    v6: &'s [u8],
+    pub(crate) tcp: Option<ChoiceRef<'s>>,
+}
+
+impl PortRef<'_> {
+    /// Prefix lengths to ask for, longest first.
+    pub(crate) fn prefix_lengths(&self, v6: bool) -> impl Iterator<Item = u8> + '_ {
+        let top = match (v6, self.v4, self.v6.is_empty()) {
+            (false, 0, _) | (true, _, true) => None,
+            (false, ..) => Some(32u8),
+            (true, ..) => Some(128),
+        };
+        top.into_iter()
+            .flat_map(|top| (0..=top).rev())
+            .filter(move |len| if v6 { bit(self.v6, *len) } else { self.v4 >> len & 1 == 1 })
+    }
+}
+
+pub(crate) fn globals(value: &[u8]) -> Option<Globals> {
+    let mut c = Cursor(value);
+    let catch_all = match c.u8()? {
+        0 => CatchAll::Block,
+        1 => CatchAll::PassThrough,
+        _ => CatchAll::DynamicDns,
+    };
+    Some(Globals { catch_all, gateway: c.u8()? != 0 })
+}

@@ -1,0 +1,230 @@
+//! Keeps rows in pages: the compiler's side of a snapshot.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::encode::{self, EncodeError, TAG_SUFFIX, TAG_SUFFIXES};
+use crate::hash;
+use crate::page::{self, MAX_DEPTH, PAGE_LIMIT, PAGE_MAX, Packed};
+use crate::row::{Row, RowKey};
+
+pub use crate::page::digest as page_digest;
+
+/// Id of a page: its place in the trie, counted as in a heap.
+pub type PageId = u32;
+
+/// What a [`Writer::commit`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Commit {
+    /// Pages that are new or have new bytes, ascending.
+    pub changed: Vec<PageId>,
+    /// Pages that are no more, ascending.
+    pub removed: Vec<PageId>,
+}
+
+/// Rows in pages. Which pages result depends on the rows alone, never on the order in which they came.
+#[derive(Debug, Clone)]
+pub struct Writer {
+    pages: BTreeMap<PageId, Arc<[u8]>>,
+    /// Rows that wait for [`Writer::commit`], by hash and (tag, key); `None` removes.
+    pending: BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>,
+    /// How many wildcards there are of each length, with and without a leading dot.
+    suffixes: [BTreeMap<u8, u32>; 2],
+    digest: u64,
+}
+
+impl Default for Writer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Writer {
+    /// An empty snapshot.
+    pub fn new() -> Self {
+        let empty: Arc<[u8]> = page::write(&[]).into();
+        let digest = hash::contribution(1, page::digest(&empty));
+        Writer { pages: [(1, empty)].into(), pending: BTreeMap::new(), suffixes: Default::default(), digest }
+    }
+
+    /// Adds a row or replaces the one of its key, at the next [`Writer::commit`]. A row that cannot fit a page is
+    /// refused, and the one it would have replaced stays.
+    pub fn put(&mut self, row: &Row) -> Result<(), EncodeError> {
+        let (tag, key) = encode::key(&row.key());
+        let value = encode::value(row);
+        let (got, max) = (key.len() + value.len() + 32, PAGE_MAX);
+        if got > max {
+            return Err(EncodeError::TooLarge { got, max });
+        }
+        self.pending.insert((hash::key(tag, &key), tag, key), Some(value));
+        Ok(())
+    }
+
+    /// Removes a row, if there is one, at the next [`Writer::commit`].
+    pub fn remove(&mut self, key: &RowKey) {
+        let (tag, key) = encode::key(key);
+        self.pending.insert((hash::key(tag, &key), tag, key), None);
+    }
+
+    /// Brings the pages up to date.
+    pub fn commit(&mut self) -> Commit {
+        let mut touched: BTreeMap<PageId, Arc<[u8]>> = BTreeMap::new();
+        let mut pending = std::mem::take(&mut self.pending);
+        self.count_suffixes(&pending);
+        let lengths = self.lengths();
+        let packed = (hash::key(TAG_SUFFIXES, &[]), TAG_SUFFIXES, Vec::new());
+        pending.insert(packed, if lengths.iter().all(|b| *b == 0) { None } else { Some(lengths) });
+
+        let mut pending = pending.into_iter().peekable();
+        while let Some((first, _)) = pending.peek() {
+            let id = self.leaf(first.0);
+            let mut changes = BTreeMap::new();
+            while let Some((key, value)) = pending.next_if(|(k, _)| page::covers(id, k.0)) {
+                changes.insert(key, value);
+            }
+            self.rewrite(id, changes, &mut touched);
+        }
+        let mut commit = Commit::default();
+        for (id, old) in touched {
+            match self.pages.get(&id) {
+                None if !old.is_empty() => commit.removed.push(id),
+                Some(new) if *new != old => commit.changed.push(id),
+                _ => {}
+            }
+            if !old.is_empty() {
+                self.digest = self.digest.wrapping_sub(hash::contribution(id, page::digest(&old)));
+            }
+            if let Some(new) = self.pages.get(&id) {
+                self.digest = self.digest.wrapping_add(hash::contribution(id, page::digest(new)));
+            }
+        }
+        commit
+    }
+
+    /// All pages, by id.
+    pub fn pages(&self) -> impl Iterator<Item = (PageId, &Arc<[u8]>)> {
+        self.pages.iter().map(|(id, page)| (*id, page))
+    }
+
+    /// One page.
+    pub fn page(&self, id: PageId) -> Option<&Arc<[u8]>> {
+        self.pages.get(&id)
+    }
+
+    /// Digest of the whole snapshot.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    fn leaf(&self, hash: u64) -> PageId {
+        (0..=MAX_DEPTH)
+            .map(|depth| if depth == 0 { 1 } else { 1 << depth | (hash >> (64 - depth)) as u32 })
+            .find(|id| self.pages.contains_key(id))
+            .unwrap_or(1)
+    }
+
+    /// Every wildcard's length is kept in one row, so that a lookup asks only for lengths that exist.
+    fn count_suffixes(&mut self, pending: &BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>) {
+        for ((hash, tag, key), value) in pending.iter().filter(|((_, tag, _), _)| *tag == TAG_SUFFIX) {
+            let had = self.pages.get(&self.leaf(*hash)).is_some_and(|p| page::find(p, *hash, *tag, key).is_some());
+            let dotted = usize::from(key.first() == Some(&b'.'));
+            let (Some(counts), Ok(len)) = (self.suffixes.get_mut(dotted), u8::try_from(key.len())) else { continue };
+            let count = counts.entry(len).or_default();
+            match (had, value.is_some()) {
+                (false, true) => *count += 1,
+                (true, false) => *count = count.saturating_sub(1),
+                _ => {}
+            }
+        }
+    }
+
+    fn lengths(&self) -> Vec<u8> {
+        let mut out = vec![0; 64];
+        for (half, counts) in out.chunks_mut(32).zip(&self.suffixes) {
+            counts.iter().filter(|(_, n)| **n > 0).for_each(|(len, _)| encode::set_bit(half, *len));
+        }
+        out
+    }
+
+    fn rewrite(
+        &mut self,
+        id: PageId,
+        changes: BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>,
+        touched: &mut BTreeMap<PageId, Arc<[u8]>>,
+    ) {
+        let old = self.take(id, touched);
+        let mut rows = page::rows(&old);
+        // A row begins with its tag, the length of its key and its key: equal beginnings are equal keys.
+        for ((_, tag, key), value) in changes {
+            let new = Packed::new(tag, &key, value.as_deref().unwrap_or_default());
+            let head = Packed::new(tag, &key, &[]).bytes.len() - 1;
+            rows.retain(|r| r.hash != new.hash || r.bytes.get(..head) != new.bytes.get(..head));
+            if value.is_some() {
+                rows.push(new);
+            }
+        }
+        rows.sort();
+        let (mut id, mut rows) = (id, rows);
+        // Joined with its other half for as long as both fit one page.
+        while id > 1 {
+            let other = id ^ 1;
+            let Some(page) = self.pages.get(&other) else { break };
+            let theirs = page::rows(page);
+            if !fits(&rows, &theirs) {
+                break;
+            }
+            self.take(other, touched);
+            rows.extend(theirs);
+            rows.sort();
+            id /= 2;
+            touched.entry(id).or_insert_with(|| Arc::from([]));
+        }
+        self.split(id, &rows, touched);
+    }
+
+    fn split(&mut self, id: PageId, rows: &[Packed], touched: &mut BTreeMap<PageId, Arc<[u8]>>) {
+        let depth = id.ilog2();
+        if page::size(rows) <= PAGE_LIMIT || rows.len() <= 1 || depth >= MAX_DEPTH {
+            touched.entry(id).or_insert_with(|| Arc::from([]));
+            self.pages.insert(id, page::write(rows).into());
+            return;
+        }
+        let bit = 1u64 << (63 - depth);
+        // Sorted by hash, and alike in all higher bits.
+        let (low, high) = rows.split_at(rows.partition_point(|r| r.hash & bit == 0));
+        self.split(id * 2, low, touched);
+        self.split(id * 2 + 1, high, touched);
+    }
+
+    fn take(&mut self, id: PageId, touched: &mut BTreeMap<PageId, Arc<[u8]>>) -> Arc<[u8]> {
+        let page = self.pages.remove(&id).unwrap_or_else(|| Arc::from([]));
+        touched.entry(id).or_insert_with(|| page.clone());
+        page
+    }
+
+    /// Ids of pages that this snapshot has and a subscriber does not, and those it has in excess. `held` is what
+    /// [`crate::snapshot::Snapshot::held`] gives.
+    pub fn difference(&self, held: &[u8]) -> (Vec<PageId>, Vec<PageId>) {
+        let held = parse_held(held);
+        let missing = self.pages().filter(|(id, p)| held.get(id) != Some(&page::digest(p))).map(|(id, _)| id).collect();
+        let extra: BTreeSet<PageId> = held.keys().filter(|id| !self.pages.contains_key(id)).copied().collect();
+        (missing, extra.into_iter().collect())
+    }
+}
+
+fn fits(a: &[Packed], b: &[Packed]) -> bool {
+    let joined = page::size(a) + page::size(b) - page::size(&[]);
+    joined <= PAGE_LIMIT || a.len() + b.len() <= 1
+}
+
+/// Reads an inventory of pages, as a subscriber sends it: 12 bytes each, id then digest; a broken tail is ignored.
+pub fn parse_held(held: &[u8]) -> BTreeMap<PageId, u64> {
+    let (entries, _) = held.as_chunks::<12>();
+    entries
+        .iter()
+        .map(|e| {
+            let [a, b, c, d, digest @ ..] = *e;
+            (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(digest))
+        })
+        .collect()
+}
