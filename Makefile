@@ -1,0 +1,49 @@
+# Portolan. `make run` shows the main job, `make test` runs every test and installs what it needs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build run wasm test test-unit conformance lint check-wasm fuzz-smoke bench gen ci
+
+# Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
+KINDS := ServiceEntry WorkloadEntry
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+build:  ## everything, dev profile
+	cargo build --workspace --locked
+
+run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 leaves after the first two requests
+	@examples/quickstart/run.sh
+
+wasm:  ## filter.wasm, as proxy-host carries it: target/wasm32-wasip1/wasm/portolan_filter.wasm
+	cargo build --locked -p portolan-filter --profile wasm --target wasm32-wasip1
+
+test: lint check-wasm test-unit conformance fuzz-smoke  ## all of these
+	@echo "make test: all passed"
+
+test-unit: build  ## cargo test of every crate
+	cargo test --workspace --locked --no-fail-fast
+
+conformance: build  ## recorded answers of istiod and Envoy, our differences and the examples, in a namespace (root)
+	tests/conformance/run.sh $(KINDS)
+
+lint:  ## formatting and clippy; warnings are errors
+	cargo fmt --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+check-wasm:  ## the registry crate builds for both wasm targets
+	cargo check --locked -p portolan-registry --target wasm32-wasip1
+	cargo check --locked -p portolan-registry --target wasm32-unknown-unknown
+
+fuzz-smoke:  ## each fuzz target for 10 seconds
+	fuzz/smoke.sh 10
+
+bench:  ## the numbers in bench/RESULTS.md
+	bench/run.sh
+
+gen:  ## generated protobuf code, written anew
+	UPDATE=1 cargo test -p portolan-proto
+
+ci:  ## what .ci/run does: nothing may be skipped
+	CI=true $(MAKE) test
