@@ -1,1 +1,4 @@
-//! 
+//! What the tests of the whole system share.
+
+pub mod origin;
+pub mod repo;

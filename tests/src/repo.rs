@@ -1,0 +1,33 @@
+//! Where things are in the repository, and its binaries.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The root of the repository.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests are a folder of the repository")
+}
+
+/// The binary `name` of the workspace, built first if need be.
+pub fn binary(name: &str) -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let built = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--workspace", "--bins"])
+            .current_dir(root())
+            .status()
+            .expect("cargo runs");
+        assert!(built.success(), "the binaries do not build");
+    });
+    // The test itself is target/PROFILE/deps/NAME.
+    let test = std::env::current_exe().expect("the test has a path");
+    test.ancestors().nth(2).expect("target/PROFILE/deps").join(name)
+}
+
+/// The files that git knows, relative to the root.
+pub fn files() -> Vec<String> {
+    let listed = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git runs");
+    assert!(listed.status.success(), "git ls-files: {}", String::from_utf8_lossy(&listed.stderr));
+    String::from_utf8_lossy(&listed.stdout).split_terminator('\0').map(str::to_owned).collect()
+}
