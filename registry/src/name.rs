@@ -42,12 +42,17 @@ fn is_name_byte(b: u8) -> bool {
     !matches!(b, 0..=b' ' | 0x7f | b'/' | b'\\' | b'?' | b'#' | b'@' | b'"' | b'<' | b'>' | b'[' | b']' | b'*' | b',')
 }
 
+fn is_ipv6(name: &[u8]) -> bool {
+    std::str::from_utf8(name).is_ok_and(|text| text.parse::<std::net::Ipv6Addr>().is_ok())
+}
+
 /// Writes the normal form of `name` to `out`: lower case, without one trailing dot, without brackets.
 /// This is the only normaliser; `out` is empty on error.
 pub fn normalise(name: &[u8], out: &mut Vec<u8>) -> Result<(), NameError> {
     out.clear();
     let name = match name {
-        [b'[', inner @ .., b']'] => inner,
+        // Brackets around anything else would let `[x.a.com]` pass for a name under `*.a.com`.
+        [b'[', inner @ .., b']'] if is_ipv6(inner) => inner,
         [rest @ .., b'.'] if !rest.is_empty() => rest,
         other => other,
     };

@@ -188,7 +188,12 @@ fn slots(page: &[u8]) -> &[[u8; SLOT]] {
 
 fn row_at(page: &[u8], slot: [u8; SLOT]) -> Option<(u8, &[u8], &[u8])> {
     let [_, _, low, high] = slot;
-    let mut c = Cursor(page.get(usize::from(u16::from_le_bytes([low, high]))..)?);
+    parts(page.get(usize::from(u16::from_le_bytes([low, high]))..)?)
+}
+
+/// Tag, key and value of the row that begins here.
+pub(crate) fn parts(row: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let mut c = Cursor(row);
     Some((c.u8()?, c.bytes()?, c.bytes()?))
 }
 

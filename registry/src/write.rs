@@ -154,15 +154,12 @@ impl Writer {
     ) {
         let old = self.take(id, touched);
         let mut rows = page::rows(&old);
-        // A row begins with its tag, the length of its key and its key: equal beginnings are equal keys.
-        for ((_, tag, key), value) in changes {
-            let new = Packed::new(tag, &key, value.as_deref().unwrap_or_default());
-            let head = Packed::new(tag, &key, &[]).bytes.len() - 1;
-            rows.retain(|r| r.hash != new.hash || r.bytes.get(..head) != new.bytes.get(..head));
-            if value.is_some() {
-                rows.push(new);
-            }
-        }
+        rows.retain(|r| {
+            let parts = page::parts(&r.bytes).map(|(tag, key, _)| (r.hash, tag, key.to_vec()));
+            !parts.is_some_and(|key| changes.contains_key(&key))
+        });
+        let added = changes.iter().filter_map(|((_, tag, key), v)| Some(Packed::new(*tag, key, v.as_ref()?)));
+        rows.extend(added);
         rows.sort();
         let (mut id, mut rows) = (id, rows);
         // Joined with its other half for as long as both fit one page.

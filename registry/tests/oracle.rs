@@ -331,7 +331,8 @@ proptest! {
         }
         prop_assert!(snapshot.commit(0).is_err());
         let decision = snapshot.request(&Request { listener: Listener::Proxy, authority: &name, connect: true });
-        prop_assert!(matches!(decision.verdict, Verdict::Deny { .. }));
+        let denied = matches!(decision.verdict, Verdict::Deny { .. });
+        prop_assert!(denied);
     }
 }
 
