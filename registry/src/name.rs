@@ -138,3 +138,14 @@ impl fmt::Display for HostPattern {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ipv6_addresses_lose_their_brackets() {
+        assert_eq!("[2001:DB8::1]".parse::<Host>().map(|h| h.0), Ok("2001:db8::1".to_owned()));
+        assert_eq!("[::.w.example]".parse::<Host>(), Err(NameError::BadByte { byte: b'[', at: 0 }));
+    }
+}
