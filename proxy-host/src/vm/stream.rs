@@ -1,0 +1,182 @@
+//! State of one HTTP stream or TCP connection while the guest may look at it, and what the guest asks for.
+
+use super::abi::StreamType;
+use super::env::{ContextId, Properties};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use std::rc::Rc;
+
+/// Head of a request; the pseudo headers stand beside the header map.
+#[derive(Debug, Default)]
+pub struct RequestHead {
+    /// `:method`
+    pub method: Method,
+    /// `:scheme`
+    pub scheme: Option<HeaderValue>,
+    /// `:authority`, taken from `Host` under HTTP/1.1
+    pub authority: Option<HeaderValue>,
+    /// `:path` with its query
+    pub path: Option<HeaderValue>,
+    /// All other headers.
+    pub headers: HeaderMap,
+}
+
+/// Head of a response.
+#[derive(Debug, Default)]
+pub struct ResponseHead {
+    /// `:status`
+    pub status: StatusCode,
+    /// All other headers.
+    pub headers: HeaderMap,
+}
+
+/// One HTTP stream. The embedder moves each part in before its callback and takes it out when the callback said
+/// [`Outcome::Continue`]; a part that stays in can be changed by the guest from other callbacks.
+#[derive(Debug, Default)]
+pub struct HttpState {
+    /// Request headers.
+    pub request: RequestHead,
+    /// Bytes of the request body not forwarded yet.
+    pub request_body: Bytes,
+    /// Request trailers.
+    pub request_trailers: HeaderMap,
+    /// Response headers.
+    pub response: ResponseHead,
+    /// Bytes of the response body not forwarded yet.
+    pub response_body: Bytes,
+    /// Response trailers.
+    pub response_trailers: HeaderMap,
+    /// The guest called `clear_route_cache`: the route has to be chosen again from the headers.
+    pub route_cleared: bool,
+}
+
+/// One TCP connection; the embedder moves received bytes in and out as for [`HttpState`].
+#[derive(Debug, Default)]
+pub struct NetworkState {
+    /// Bytes from the client not forwarded yet.
+    pub downstream: Bytes,
+    /// Bytes from the upstream not forwarded yet.
+    pub upstream: Bytes,
+}
+
+/// Values the guest stored by the foreign function `set_envoy_filter_state`, for example `envoy.tcp_proxy.cluster`.
+#[derive(Debug, Default)]
+pub struct FilterState(Vec<(String, Bytes)>);
+
+impl FilterState {
+    /// The value stored under `key`.
+    pub fn get(&self, key: &str) -> Option<&Bytes> {
+        self.0.iter().find(|(have, _)| have == key).map(|(_, value)| value)
+    }
+
+    /// Stores `value` under `key`, in place of any other.
+    pub fn set(&mut self, key: String, value: Bytes) {
+        match self.0.iter_mut().find(|(have, _)| *have == key) {
+            Some((_, have)) => *have = value,
+            None => self.0.push((key, value)),
+        }
+    }
+
+    /// All values, in order of their first setting.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Bytes)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value))
+    }
+}
+
+/// A response that the guest wants sent in place of going on.
+#[derive(Debug)]
+pub struct LocalResponse {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// Why, for logs: the response code details.
+    pub details: Bytes,
+    /// Body; empty for none.
+    pub body: Bytes,
+    /// Headers to add.
+    pub headers: HeaderMap,
+    /// For gRPC requests.
+    pub grpc_status: Option<u32>,
+}
+
+/// How a stream callback ended.
+#[derive(Debug)]
+#[must_use]
+pub enum Outcome {
+    /// Go on with what the callback saw.
+    Continue,
+    /// Keep it until an [`Effect`] for this context says how to go on.
+    Pause,
+    /// Send this to the client, and nothing to the upstream.
+    Respond(Box<LocalResponse>),
+    /// Close that side of the connection, or reset the HTTP stream.
+    Close(StreamType),
+}
+
+/// Something the guest asked for outside a callback of the stream that it concerns.
+#[derive(Debug)]
+pub struct Effect {
+    /// The stream.
+    pub context: ContextId,
+    /// What is to happen to it.
+    pub kind: EffectKind,
+}
+
+/// See [`Effect`].
+#[derive(Debug)]
+pub enum EffectKind {
+    /// Go on with a paused direction.
+    Continue(StreamType),
+    /// Send this to the client.
+    Respond(Box<LocalResponse>),
+    /// Close that side of the connection, or reset the HTTP stream.
+    Close(StreamType),
+}
+
+/// What the VM holds for a stream context.
+pub(super) struct Stream {
+    pub(super) root: ContextId,
+    pub(super) properties: Rc<dyn Properties>,
+    pub(super) filter_state: FilterState,
+    /// Written by `proxy_set_property`, by the path as it came.
+    pub(super) own_properties: Vec<(Bytes, Bytes)>,
+    pub(super) kind: StreamKind,
+    /// `proxy_on_done` said no: deleted once the guest calls `proxy_done`.
+    pub(super) draining: bool,
+}
+
+pub(super) enum StreamKind {
+    Http(HttpState),
+    Network(NetworkState),
+}
+
+/// Builds a header map from the guest's pairs; pairs no header can hold are left out and counted in the second value.
+pub(super) fn header_map<'a>(pairs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> (HeaderMap, usize) {
+    let mut map = HeaderMap::new();
+    let mut refused = 0;
+    for (name, value) in pairs {
+        let appended = match (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+            (Ok(name), Ok(value)) => map.try_append(name, value).is_ok(),
+            _ => false,
+        };
+        refused += usize::from(!appended);
+    }
+    (map, refused)
+}
+
+/// Builds a request head from the guest's pairs.
+pub(super) fn request_head(pairs: &[(&[u8], &[u8])]) -> Option<RequestHead> {
+    let mut head = RequestHead::default();
+    for &(name, value) in pairs {
+        let parsed = HeaderValue::from_bytes(value).ok();
+        match name {
+            b":method" => head.method = Method::from_bytes(value).ok()?,
+            b":path" => head.path = Some(parsed?),
+            b":authority" => head.authority = Some(parsed?),
+            b":scheme" => head.scheme = Some(parsed?),
+            _ => {
+                head.headers.try_append(HeaderName::from_bytes(name).ok()?, parsed?).ok()?;
+            }
+        }
+    }
+    Some(head)
+}
