@@ -1,0 +1,169 @@
+//! HTTP contexts: one decision for each request, when its headers have come.
+
+use std::borrow::Cow;
+
+use portolan_registry::decision::{Rule, Verdict};
+use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request};
+
+use crate::config::NoSnapshot;
+use crate::host::pairs::Pairs;
+use crate::host::{Action, Host, Level, Status, destination, printable};
+use crate::metrics::{Cause, Kind, Outcome};
+use crate::vm::{self, Vm};
+
+/// The header by which the host's route chooses its cluster.
+pub const CLUSTER_HEADER: &str = "x-portolan-cluster";
+
+/// Name of the host's filter chain that takes HTTP proxy requests.
+const PROXY_CHAIN: &[u8] = b"http_proxy";
+
+/// Does this header give orders to the host, and is it none that an application may send under Istio? Timeouts and
+/// retries are the application's; the original destination, faults, and what the host says about itself are not.
+fn is_control(name: &[u8]) -> bool {
+    let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+    let begins = |prefix: &str| name.get(..prefix.len()).is_some_and(|n| n.eq_ignore_ascii_case(prefix.as_bytes()));
+    begins("x-portolan-")
+        || begins("x-envoy-fault-")
+        || is("x-envoy-original-dst-host")
+        || is("x-envoy-decorator-operation")
+        || is("x-envoy-internal")
+}
+
+/// An answer in place of the upstream's.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    status: u16,
+    cause: Cause,
+    /// For people: what was refused, and why.
+    body: String,
+}
+
+impl Refusal {
+    fn new(status: u16, cause: Cause, body: &str) -> Self {
+        Refusal { status, cause, body: body.to_owned() }
+    }
+
+    fn details(&self) -> Cow<'static, str> {
+        match self.cause {
+            Cause::Rule(rule) => Cow::Owned(format!("portolan_denied{{{}}}", rule.as_str())),
+            Cause::NoSnapshot => Cow::Borrowed("portolan_no_snapshot"),
+            Cause::NoAuthority => Cow::Borrowed("portolan_no_authority"),
+            Cause::NoDestination => Cow::Borrowed("portolan_no_destination"),
+            Cause::HostFailure => Cow::Borrowed("portolan_host_failure"),
+        }
+    }
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        let body = format!("portolan: the host does not do what it was told: {status}");
+        Refusal { status: 503, cause: Cause::HostFailure, body }
+    }
+}
+
+/// What was read of the request.
+struct Head<'h> {
+    authority: &'h [u8],
+    connect: bool,
+}
+
+impl<H: Host> Vm<H> {
+    /// The headers of a request have come.
+    pub fn on_request_headers(&mut self) -> Action {
+        let Err(refusal) = self.route_request() else { return Action::Continue };
+        self.decided(Kind::Http, Outcome::Deny, refusal.cause);
+        self.log(Level::Info, || format!("{} ({})", refusal.body, refusal.status));
+        let body = format!("{}\n", refusal.body);
+        if self.host.local_response(refusal.status, &refusal.details(), &body).is_err() {
+            // Refused it stays; if this fails as well, the request is at least not let on.
+            let _ = self.host.reset_request();
+        }
+        Action::Pause
+    }
+
+    fn route_request(&mut self) -> Result<(), Refusal> {
+        let headers = self.host.request_headers()?;
+        let head = read_head(&self.host, &headers)?;
+        let Vm { host, subscription, metrics, log_level, .. } = &mut *self;
+        let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
+            return self.route_without_snapshot();
+        };
+        let listener = listener(host)?;
+        let decision = snapshot.request(&Request { listener, authority: head.authority, connect: head.connect });
+        let rule = decision.reason.rule;
+        match decision.verdict {
+            Verdict::Route { cluster } => {
+                set_cluster(host, &cluster)?;
+                metrics.decided(host, Kind::Http, Outcome::Route, Cause::Rule(rule));
+                vm::log(host, *log_level, Level::Debug, || {
+                    format!("portolan: {} goes to {cluster} ({})", printable(head.authority), decision.reason)
+                });
+                Ok(())
+            }
+            Verdict::Deny { status } => {
+                let what = match rule {
+                    Rule::Blocked => "is not in the registry",
+                    Rule::NoVirtualHost => "has no virtual host",
+                    Rule::BadName => "cannot be a host name",
+                    _ => "is refused",
+                };
+                let body = format!("portolan: {} {what} ({})", printable(head.authority), decision.reason);
+                Err(Refusal { status, cause: Cause::Rule(rule), body })
+            }
+        }
+    }
+
+    fn route_without_snapshot(&mut self) -> Result<(), Refusal> {
+        match self.no_snapshot() {
+            NoSnapshot::Closed => {
+                Err(Refusal::new(503, Cause::NoSnapshot, "portolan: the registry has not been received yet"))
+            }
+            NoSnapshot::Open => {
+                set_cluster(&self.host, PASSTHROUGH_CLUSTER)?;
+                self.decided(Kind::Http, Outcome::Route, Cause::NoSnapshot);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Finds what the decision needs, and removes what a client must not say.
+fn read_head<'h>(host: &impl Host, headers: &'h [u8]) -> Result<Head<'h>, Refusal> {
+    let malformed = |_| Refusal::new(503, Cause::HostFailure, "portolan: the host's headers cannot be read");
+    let no_authority = || Refusal::new(400, Cause::NoAuthority, "portolan: the request does not name one host");
+    let mut authority: Option<&[u8]> = None;
+    let mut connect = false;
+    for pair in Pairs::new(headers).map_err(malformed)? {
+        let (name, value) = pair.map_err(malformed)?;
+        match name.first() {
+            Some(b':') if name == b":authority" => {
+                if authority.replace(value).is_some() {
+                    return Err(no_authority());
+                }
+            }
+            Some(b':') if name == b":method" => connect = value == b"CONNECT",
+            Some(b'x' | b'X') if is_control(name) => host.remove_request_header(name)?,
+            _ => {}
+        }
+    }
+    let authority = authority.filter(|a| !a.is_empty()).ok_or_else(no_authority)?;
+    Ok(Head { authority, connect })
+}
+
+/// Where the request came in. Only a loopback address can be that of the proxy port.
+fn listener(host: &impl Host) -> Result<Listener, Refusal> {
+    let no_destination = || Refusal::new(503, Cause::NoDestination, "portolan: the host does not say the destination");
+    let destination = destination(host).ok_or_else(no_destination)?;
+    let proxy = destination.ip().is_loopback()
+        && host.property("xds\0filter_chain_name").is_some_and(|name| name == PROXY_CHAIN);
+    Ok(if proxy { Listener::Proxy } else { Listener::Captured(destination) })
+}
+
+fn set_cluster(host: &impl Host, cluster: &str) -> Result<(), Status> {
+    host.replace_request_header(CLUSTER_HEADER, cluster.as_bytes())?;
+    host.foreign("clear_route_cache", &[])
+}
+
+#[cfg(test)]
+#[path = "http_tests.rs"]
+mod tests;

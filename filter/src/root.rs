@@ -1,0 +1,214 @@
+//! Root contexts: configuration, and the registry stream of the VM.
+//!
+//! The root that is configured first opens the stream. When it goes and others stay, one of them takes over: it
+//! subscribes anew, with the pages that are held. What kind of contexts a root makes need not be known, for the host
+//! says it with every callback.
+
+use std::collections::VecDeque;
+
+use portolan_proto::v1::Scope;
+use prost::Message;
+
+use crate::config::{Config, ConfigError};
+use crate::envoy::{EnvoyGrpc, GrpcService};
+use crate::host::{Host, Level};
+use crate::subscription::{Action, Subscription};
+use crate::vm::Vm;
+
+/// A configured root.
+#[derive(Debug)]
+pub(crate) struct Root {
+    pub(crate) config: Config,
+    scope: Scope,
+    subscriber: String,
+}
+
+/// Who holds the registry stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stream {
+    /// The root context that opens it and gets the ticks.
+    root: u32,
+    /// The host's name for it while it is open.
+    token: Option<u32>,
+}
+
+impl<H: Host> Vm<H> {
+    /// A root has got its configuration. False: it cannot be used, and the log says why.
+    pub fn on_configure(&mut self, context: u32) -> bool {
+        self.refresh_log_level();
+        let root = match self.read_root(context) {
+            Ok(root) => root,
+            Err(error) => {
+                self.log(Level::Error, || format!("portolan: configuration refused: {error}"));
+                return false;
+            }
+        };
+        let same = |old: &Root| old.scope == root.scope && old.config.controller == root.config.controller;
+        let others = |id: &u32| *id != context;
+        if self.roots.iter().any(|(id, old)| others(id) && !same(old)) {
+            self.log(Level::Warn, || {
+                "portolan: plugins of one VM differ in scope or controller; those of the first are used".to_owned()
+            });
+        }
+        let unchanged = self.roots.get(&context).is_some_and(same);
+        self.roots.insert(context, root);
+        match self.stream {
+            None => self.take_over(context),
+            Some(stream) if stream.root == context && !unchanged => {
+                self.cancel();
+                self.take_over(context);
+            }
+            Some(_) => {}
+        }
+        true
+    }
+
+    fn read_root(&self, context: u32) -> Result<Root, ConfigError> {
+        let bytes = self.host.plugin_configuration().or_else(|status| {
+            // "Not found" and "empty" are how hosts say that there is none.
+            if matches!(status.0, 1 | 7) { Ok(Vec::new()) } else { Err(ConfigError::Host(status)) }
+        })?;
+        let config = Config::parse(&bytes)?;
+        let scope = config.scope(&self.host)?;
+        let subscriber = config.subscriber(&self.host, context);
+        Ok(Root { config, scope, subscriber })
+    }
+
+    /// The period of this root's ticks has passed.
+    pub fn on_tick(&mut self, context: u32) {
+        if self.stream.is_some_and(|s| s.root == context) {
+            self.refresh_log_level();
+            self.drive(Subscription::on_tick);
+        }
+    }
+
+    /// A message has come on a stream.
+    pub fn on_stream_message(&mut self, token: u32) {
+        if self.is_open(token) {
+            match self.host.stream_message() {
+                Ok(message) => self.drive(|s| s.on_message(&message)),
+                Err(status) => {
+                    self.cancel();
+                    self.drive(|s| s.on_close(&format!("a message cannot be read: {status}")));
+                }
+            }
+        }
+    }
+
+    /// A stream has ended with this gRPC status.
+    pub fn on_stream_close(&mut self, token: u32, status: u32) {
+        if self.is_open(token) {
+            self.set_token(None);
+            self.drive(|s| s.on_close(&format!("gRPC status {status}")));
+        }
+    }
+
+    /// A context is about to go: no stream is handed to it any more.
+    pub fn on_done(&mut self, context: u32) {
+        self.roots.remove(&context);
+    }
+
+    /// A context is gone.
+    pub fn on_delete(&mut self, context: u32) {
+        self.roots.remove(&context);
+        if self.stream.is_some_and(|s| s.root == context) {
+            self.cancel();
+            self.stream = None;
+            if let Some(next) = self.roots.keys().next().copied() {
+                self.take_over(next);
+            }
+        }
+    }
+
+    fn take_over(&mut self, context: u32) {
+        let Some(root) = self.roots.get(&context) else { return };
+        if let Err(status) = self.host.set_context(context) {
+            self.log(Level::Warn, || format!("portolan: context {context} cannot be entered: {status}"));
+        }
+        let (scope, subscriber) = (root.scope.clone(), root.subscriber.clone());
+        match &mut self.subscription {
+            Some(subscription) => subscription.set_scope(scope, subscriber),
+            None => {
+                let now = self.host.now().unwrap_or_default();
+                let seed = (now.as_secs() << 30) ^ u64::from(now.subsec_nanos()) ^ (u64::from(context) << 56);
+                self.subscription = Some(Subscription::new(scope, subscriber, seed));
+            }
+        }
+        self.stream = Some(Stream { root: context, token: None });
+        self.drive(Subscription::start);
+    }
+
+    fn is_open(&self, token: u32) -> bool {
+        self.stream.is_some_and(|s| s.token == Some(token))
+    }
+
+    fn set_token(&mut self, token: Option<u32>) {
+        if let Some(stream) = &mut self.stream {
+            stream.token = token;
+        }
+    }
+
+    fn cancel(&mut self) {
+        if let Some(token) = self.stream.and_then(|s| s.token) {
+            // If it fails there is no such stream, which is what is wanted.
+            let _ = self.host.cancel(token);
+            self.set_token(None);
+        }
+    }
+
+    /// Tells the subscription something and does what it says, until it says nothing more.
+    fn drive(&mut self, event: impl FnOnce(&mut Subscription) -> Vec<Action>) {
+        let Some(subscription) = &mut self.subscription else { return };
+        let mut actions = VecDeque::from(event(subscription));
+        while let Some(action) = actions.pop_front() {
+            actions.extend(self.act(action));
+        }
+        if let Some(subscription) = &self.subscription {
+            self.metrics.show(&self.host, subscription);
+        }
+    }
+
+    /// Does one thing; gives what follows from how it went.
+    fn act(&mut self, action: Action) -> Vec<Action> {
+        match action {
+            Action::Open => {
+                let opened = self.host.open_stream(&self.service());
+                self.set_token(opened.ok());
+                if let Some(subscription) = &mut self.subscription {
+                    return match opened {
+                        Ok(_) => subscription.on_open(),
+                        Err(status) => subscription.on_close(&format!("it cannot be opened: {status}")),
+                    };
+                }
+            }
+            Action::Send(message) => {
+                let sent = self.stream.and_then(|s| s.token).map(|token| self.host.send(token, &message));
+                if let Some(Err(status)) = sent {
+                    self.cancel();
+                    if let Some(subscription) = &mut self.subscription {
+                        return subscription.on_close(&format!("a message cannot be sent: {status}"));
+                    }
+                }
+            }
+            Action::Close => self.cancel(),
+            Action::Tick(period) => {
+                if let Err(status) = self.host.set_tick(period) {
+                    self.log(Level::Error, || format!("portolan: the host gives no ticks: {status}"));
+                }
+            }
+            Action::Log(level, message) => self.log(level, || format!("portolan: {message}")),
+            Action::Count(count) => self.metrics.count(&self.host, count),
+        }
+        Vec::new()
+    }
+
+    fn service(&self) -> Vec<u8> {
+        let root = self.stream.and_then(|s| self.roots.get(&s.root));
+        let cluster_name = root.map(|r| r.config.controller.clone()).unwrap_or_default();
+        GrpcService { envoy_grpc: Some(EnvoyGrpc { cluster_name }) }.encode_to_vec()
+    }
+
+    fn refresh_log_level(&mut self) {
+        self.log_level = self.host.log_level().unwrap_or(Level::Info as u32);
+    }
+}

@@ -1,0 +1,91 @@
+//! Stream contexts: one decision for each connection that is not HTTP, before its first byte goes on.
+
+use portolan_registry::decision::Verdict;
+use portolan_registry::lookup::{Connection, PASSTHROUGH_CLUSTER};
+use prost::Message;
+
+use crate::config::NoSnapshot;
+use crate::envoy::SetFilterState;
+use crate::host::{Action, Host, Level, Status, destination, printable};
+use crate::metrics::{Cause, Kind, Outcome};
+use crate::vm::{self, Vm};
+
+/// The filter state by which Envoy's `tcp_proxy` chooses its cluster.
+pub const CLUSTER_STATE: &str = "envoy.tcp_proxy.cluster";
+
+/// Why a connection is closed.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    cause: Cause,
+    reason: String,
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        let reason = format!("the host does not do what it was told: {status}");
+        Refusal { cause: Cause::HostFailure, reason }
+    }
+}
+
+impl<H: Host> Vm<H> {
+    /// A connection has been accepted.
+    pub fn on_new_connection(&mut self) -> Action {
+        let Err(Refusal { cause, reason }) = self.route_connection() else { return Action::Continue };
+        self.decided(Kind::Tcp, Outcome::Deny, cause);
+        self.log(Level::Info, || format!("portolan: connection closed: {reason}"));
+        // If this fails, the connection is at least not let on.
+        let _ = self.host.close_downstream();
+        Action::Pause
+    }
+
+    fn route_connection(&mut self) -> Result<(), Refusal> {
+        let Vm { host, subscription, metrics, log_level, .. } = &mut *self;
+        let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
+            return self.connect_without_snapshot();
+        };
+        let Some(destination) = destination(host) else {
+            let reason = "the host does not say the destination".to_owned();
+            return Err(Refusal { cause: Cause::NoDestination, reason });
+        };
+        let sni = host.property("connection\0requested_server_name").filter(|name| !name.is_empty());
+        let decision = snapshot.connection(&Connection { destination, sni: sni.as_deref() });
+        let name = || printable(sni.as_deref().unwrap_or(b"-"));
+        match decision.verdict {
+            Verdict::Route { cluster } => {
+                set_cluster(host, &cluster)?;
+                metrics.decided(host, Kind::Tcp, Outcome::Route, Cause::Rule(decision.reason.rule));
+                vm::log(host, *log_level, Level::Debug, || {
+                    format!("portolan: {destination} ({}) goes to {cluster} ({})", name(), decision.reason)
+                });
+                Ok(())
+            }
+            Verdict::Deny { .. } => {
+                let reason = format!("{destination} ({}) is refused ({})", name(), decision.reason);
+                Err(Refusal { cause: Cause::Rule(decision.reason.rule), reason })
+            }
+        }
+    }
+
+    fn connect_without_snapshot(&mut self) -> Result<(), Refusal> {
+        match self.no_snapshot() {
+            NoSnapshot::Closed => {
+                let reason = "the registry has not been received yet".to_owned();
+                Err(Refusal { cause: Cause::NoSnapshot, reason })
+            }
+            NoSnapshot::Open => {
+                set_cluster(&self.host, PASSTHROUGH_CLUSTER)?;
+                self.decided(Kind::Tcp, Outcome::Route, Cause::NoSnapshot);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn set_cluster(host: &impl Host, cluster: &str) -> Result<(), Status> {
+    let arguments = SetFilterState { path: CLUSTER_STATE.to_owned(), value: cluster.to_owned(), span: 1 };
+    host.foreign("set_envoy_filter_state", &arguments.encode_to_vec())
+}
+
+#[cfg(test)]
+#[path = "tcp_tests.rs"]
+mod tests;

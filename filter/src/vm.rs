@@ -1,0 +1,65 @@
+//! What one VM holds. All plugins of a VM share one snapshot and one registry stream.
+
+use std::collections::BTreeMap;
+
+use crate::config::NoSnapshot;
+use crate::host::{Host, Level};
+use crate::metrics::{Cause, Kind, Metrics, Outcome};
+use crate::root::{Root, Stream};
+use crate::subscription::Subscription;
+
+/// The state of one VM.
+#[derive(Debug, Default)]
+pub struct Vm<H> {
+    /// The host it runs in.
+    pub host: H,
+    /// Root contexts that are configured, by context id.
+    pub(crate) roots: BTreeMap<u32, Root>,
+    /// The subscription, once a root has been configured.
+    pub(crate) subscription: Option<Subscription>,
+    /// The root on whose behalf the stream and the ticks are.
+    pub(crate) stream: Option<Stream>,
+    pub(crate) metrics: Metrics,
+    /// The least level that the host writes.
+    pub(crate) log_level: u32,
+}
+
+impl<H: Host> Vm<H> {
+    /// A VM with nothing configured.
+    pub fn new(host: H) -> Self {
+        Vm {
+            host,
+            roots: BTreeMap::new(),
+            subscription: None,
+            stream: None,
+            metrics: Metrics::default(),
+            log_level: Level::Info as u32,
+        }
+    }
+
+    /// What to do before there is a snapshot. Where the plugins of a VM differ, the strictest holds.
+    pub fn no_snapshot(&self) -> NoSnapshot {
+        let open = |root: &Root| root.config.no_snapshot == NoSnapshot::Open;
+        if !self.roots.is_empty() && self.roots.values().all(open) { NoSnapshot::Open } else { NoSnapshot::Closed }
+    }
+
+    /// The subscription, if there is one.
+    pub fn subscription(&self) -> Option<&Subscription> {
+        self.subscription.as_ref()
+    }
+
+    pub(crate) fn log(&self, level: Level, message: impl FnOnce() -> String) {
+        log(&self.host, self.log_level, level, message);
+    }
+
+    pub(crate) fn decided(&mut self, kind: Kind, outcome: Outcome, cause: Cause) {
+        self.metrics.decided(&self.host, kind, outcome, cause);
+    }
+}
+
+/// Writes a line, if the host would not drop it.
+pub(crate) fn log(host: &impl Host, least: u32, level: Level, message: impl FnOnce() -> String) {
+    if level as u32 >= least {
+        host.log(level, &message());
+    }
+}
