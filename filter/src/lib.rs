@@ -17,4 +17,6 @@ pub mod metrics;
 pub mod root;
 pub mod subscription;
 pub mod tcp;
+#[cfg(test)]
+mod testing;
 pub mod vm;

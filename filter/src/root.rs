@@ -212,3 +212,149 @@ impl<H: Host> Vm<H> {
         self.log_level = self.host.log_level().unwrap_or(Level::Info as u32);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use portolan_proto::v1::watch_request::Message as Outgoing;
+    use portolan_registry::row::CatchAll;
+
+    use super::*;
+    use crate::host::fake::{Call, Fake};
+    use crate::subscription::State;
+    use crate::testing::{CONFIGURATION, ROOT, STATUSES, configured, deliver, ready, rows, sent, whole, writer};
+
+    const OTHER: u32 = 2;
+
+    fn opened(calls: &[Call]) -> usize {
+        calls.iter().filter(|c| matches!(c, Call::OpenStream(_))).count()
+    }
+
+    #[test]
+    fn the_first_root_opens_the_only_stream() {
+        let mut vm = configured(CONFIGURATION);
+        assert!(vm.on_configure(OTHER));
+        let calls = vm.host.calls();
+        assert_eq!(opened(&calls), 1);
+        assert!(calls.contains(&Call::OpenStream(b"\x0a\x0a\x0a\x08portolan".to_vec())));
+        assert!(matches!(sent(&calls).as_slice(), [Outgoing::Subscribe(_)]));
+    }
+
+    #[test]
+    fn a_bad_configuration_is_refused_and_the_log_names_the_field() {
+        let mut vm = Vm::new(Fake::default());
+        *vm.host.configuration.borrow_mut() = br#"{"namespace":"n","role":"router"}"#.to_vec();
+        assert!(!vm.on_configure(ROOT));
+        let line = "portolan: configuration refused: field `role`: expected `sidecar` or `gateway`";
+        assert_eq!(vm.host.logs(), [line]);
+        assert_eq!(opened(&vm.host.calls()), 0);
+    }
+
+    #[test]
+    fn another_root_takes_over_with_the_pages_that_are_held() {
+        let mut vm = ready(CatchAll::Block);
+        assert!(vm.on_configure(OTHER));
+        vm.on_done(ROOT);
+        vm.on_delete(ROOT);
+        let calls = vm.host.take_calls();
+        assert!(calls.contains(&Call::Cancel(1)) && calls.contains(&Call::Context(OTHER)), "{calls:?}");
+        match sent(&calls).as_slice() {
+            [Outgoing::Subscribe(subscribe)] => assert!(!subscribe.held.is_empty()),
+            other => panic!("expected Subscribe, got {other:?}"),
+        }
+        vm.on_tick(ROOT);
+        vm.on_done(OTHER);
+        vm.on_delete(OTHER);
+        assert_eq!(opened(&vm.host.take_calls()), 0);
+        assert!(vm.subscription().is_some_and(|s| s.state() == State::Stale));
+    }
+
+    #[test]
+    fn when_all_are_done_none_takes_over() {
+        let mut vm = ready(CatchAll::Block);
+        assert!(vm.on_configure(OTHER));
+        vm.on_done(ROOT);
+        vm.on_done(OTHER);
+        vm.on_delete(ROOT);
+        assert_eq!(opened(&vm.host.calls()), 0);
+    }
+
+    #[test]
+    fn a_new_configuration_of_the_same_scope_keeps_the_stream() {
+        let mut vm = ready(CatchAll::Block);
+        assert!(vm.on_configure(ROOT));
+        assert_eq!(opened(&vm.host.take_calls()), 0);
+        *vm.host.configuration.borrow_mut() = br#"{"namespace":"m"}"#.to_vec();
+        assert!(vm.on_configure(ROOT));
+        match sent(&vm.host.calls()).as_slice() {
+            [Outgoing::Subscribe(s)] => assert_eq!(s.scope.as_ref().map(|s| s.namespace.as_str()), Some("m")),
+            other => panic!("expected Subscribe, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_comes_for_another_stream_is_ignored() {
+        let mut vm = ready(CatchAll::Block);
+        vm.on_stream_message(99);
+        vm.on_stream_close(99, 14);
+        vm.on_tick(99);
+        vm.on_delete(99);
+        assert_eq!(vm.host.calls(), []);
+        assert!(vm.subscription().is_some_and(|s| s.state() == State::Fresh));
+    }
+
+    #[test]
+    fn the_gauges_follow_the_snapshot() {
+        let mut vm = configured(CONFIGURATION);
+        assert_eq!(vm.host.metrics().get("portolan.snapshot.state"), Some(&0));
+        deliver(&mut vm, &whole(&writer(&rows(CatchAll::Block)), 5));
+        let metrics = vm.host.metrics();
+        assert_eq!(metrics.get("portolan.snapshot.state"), Some(&1));
+        assert_eq!(metrics.get("portolan.snapshot.version"), Some(&5));
+        assert!(metrics.get("portolan.snapshot.bytes").is_some_and(|bytes| *bytes > 0));
+        assert_eq!(metrics.get("portolan.updates"), Some(&1));
+        vm.on_stream_close(vm.host.token(), 14);
+        assert_eq!(vm.host.metrics().get("portolan.snapshot.state"), Some(&2));
+        assert_eq!(vm.host.metrics().get("portolan.stream_closed"), Some(&1));
+    }
+
+    /// Lets time pass until the stream is open again.
+    fn reopen(vm: &mut Vm<Fake>) -> bool {
+        let before = vm.host.token();
+        for _ in 0..1000 {
+            vm.on_tick(ROOT);
+            if vm.host.token() > before {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn whatever_call_fails_the_subscription_recovers() {
+        let parts = whole(&writer(&rows(CatchAll::Block)), 1);
+        for call in Fake::FALLIBLE {
+            for status in STATUSES {
+                let mut vm = Vm::new(Fake::default());
+                *vm.host.configuration.borrow_mut() = CONFIGURATION.to_vec();
+                vm.host.fail(call, status);
+                let configured = vm.on_configure(ROOT);
+                assert!(configured || call == "plugin_configuration", "{call} {status}");
+                deliver(&mut vm, &parts);
+                vm.on_stream_close(vm.host.token(), 14);
+                (0..5).for_each(|_| vm.on_tick(ROOT));
+                vm.host.heal();
+                if configured {
+                    vm.on_stream_close(vm.host.token(), 14);
+                    assert!(reopen(&mut vm), "{call} {status}: {:?}", vm.host.logs());
+                } else {
+                    assert!(vm.on_configure(ROOT));
+                }
+                deliver(&mut vm, &parts);
+                assert!(vm.subscription().is_some_and(|s| s.state() == State::Fresh), "{call} {status}");
+                vm.host.fail(call, status);
+                vm.on_done(ROOT);
+                vm.on_delete(ROOT);
+            }
+        }
+    }
+}
