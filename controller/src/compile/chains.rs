@@ -1,0 +1,302 @@
+//! What one host name puts into listeners and virtual hosts: filter chains (SEMANTICS 3.2, 3.3, 3.6, 3.7) and domains
+//! (1.5).
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use portolan_registry::name::HostPattern;
+use portolan_registry::row::{Choice, MAX_LOSERS, Origin, RowKey};
+
+use super::service::{
+    Addr, Context, HostPortOwner, Member, Order, Resolved, Source, Spoken, alternate_hosts, http_class, tls_class,
+};
+use crate::cluster::endpoints::{Workloads, host_endpoints};
+use crate::cluster::{forward_name, outbound_name};
+use crate::model::{Protocol, Resolution};
+
+/// Ports that belong to the proxy: inbound, outbound, health and metrics.
+const OWN_PORTS: [u16; 4] = [15001, 15006, 15021, 15090];
+
+/// Where a chain's listener is bound, and what it asks of the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Bind {
+    Wildcard,
+    /// The wildcard listener, for destinations in this prefix.
+    Net(IpNet),
+    Address(IpAddr),
+}
+
+/// Filter chains of one service port at one address.
+#[derive(Debug, Clone)]
+pub(crate) struct Chain {
+    /// Index into [`Resolved::services`].
+    pub(crate) service: usize,
+    pub(crate) address: u32,
+    pub(crate) port: u16,
+    pub(crate) protocol: Protocol,
+    pub(crate) bind: Bind,
+    /// Server name that the TCP chain asks for.
+    pub(crate) sni: Option<HostPattern>,
+    /// A chain for plain-text HTTP.
+    pub(crate) http: bool,
+    /// A chain for everything else.
+    pub(crate) tcp: bool,
+}
+
+/// What a host name puts on a wildcard listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PortClaim {
+    pub(crate) protocol: Protocol,
+    pub(crate) http: bool,
+    /// A chain without any condition.
+    pub(crate) all: bool,
+    pub(crate) sni: bool,
+}
+
+/// A domain that is not the host name itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Domain {
+    pub(crate) pattern: HostPattern,
+    /// An address counts only on ports whose virtual host this service makes.
+    pub(crate) of: Option<usize>,
+}
+
+/// All that one host name claims.
+#[derive(Debug, Clone)]
+pub(crate) struct Group {
+    pub(crate) pattern: Option<HostPattern>,
+    pub(crate) resolved: Resolved,
+    pub(crate) chains: Vec<Chain>,
+    pub(crate) domains: Vec<Domain>,
+    /// Partial wildcards that a TLS port cannot match: origin and pattern.
+    pub(crate) dropped: Vec<(Origin, String)>,
+}
+
+impl Group {
+    pub(crate) fn new(
+        key: &str,
+        resolved: Resolved,
+        members: &[Member],
+        workloads: &Workloads,
+        cx: &Context,
+    ) -> Self {
+        let mut group =
+            Group { pattern: key.parse().ok(), resolved, chains: Vec::new(), domains: Vec::new(), dropped: Vec::new() };
+        group.domains = domains(key, &group.resolved, cx);
+        for index in 0..group.resolved.services.len() {
+            group.add_chains(index, members, workloads, cx);
+        }
+        group
+    }
+
+    fn add_chains(&mut self, index: usize, members: &[Member], workloads: &Workloads, cx: &Context) {
+        let Some(service) = self.resolved.services.get(index).cloned() else { return };
+        for port in service.member.source.ports() {
+            let blank = Chain {
+                service: index,
+                address: 0,
+                port: port.number,
+                protocol: port.protocol,
+                bind: Bind::Wildcard,
+                sni: None,
+                http: false,
+                tcp: false,
+            };
+            if port.protocol == Protocol::Udp {
+                continue;
+            }
+            if http_class(port.protocol) {
+                if !OWN_PORTS.contains(&port.number) {
+                    self.chains.push(Chain { http: true, ..blank });
+                }
+                continue;
+            }
+            let http = port.protocol == Protocol::Auto;
+            for (address, addr) in (0..).zip(&service.addresses) {
+                let chain = Chain { address, http, tcp: true, ..blank.clone() };
+                match addr {
+                    Addr::Ip(ip, _) => self.chains.push(Chain { bind: Bind::Address(*ip), ..chain }),
+                    Addr::Net(net) => {
+                        let chain = Chain { bind: Bind::Net(*net), ..chain };
+                        self.with_server_names(&service, chain, cx);
+                    }
+                    Addr::Any => match headless(&service, port.number, members, workloads) {
+                        Some(ips) => {
+                            let own: BTreeSet<IpAddr> = cx.scope.ips.iter().filter_map(|i| i.parse().ok()).collect();
+                            for ip in ips.difference(&own) {
+                                self.chains.push(Chain { bind: Bind::Address(*ip), ..chain.clone() });
+                            }
+                        }
+                        None => self.with_server_names(&service, chain, cx),
+                    },
+                }
+            }
+        }
+    }
+
+    /// TLS chains ask for the host's server names; all others, and TLS of host `*`, take what comes.
+    fn with_server_names(&mut self, service: &Spoken, chain: Chain, cx: &Context) {
+        if !tls_class(chain.protocol) || self.pattern == Some(HostPattern::Suffix(String::new())) {
+            self.chains.push(chain);
+            return;
+        }
+        let mut names: Vec<HostPattern> = self.pattern.iter().cloned().collect();
+        for alias in &self.resolved.aliases {
+            names.extend(alias.parse());
+            names.extend(alternate_hosts(alias, cx).iter().filter_map(|a| a.parse().ok()));
+        }
+        for name in names {
+            match &name {
+                // Envoy refuses a listener with such a server name (SEMANTICS 3.7).
+                HostPattern::Suffix(suffix) if !suffix.starts_with('.') => {
+                    self.dropped.push((service.member.source.origin(), name.to_string()));
+                }
+                _ => self.chains.push(Chain { sni: Some(name), ..chain.clone() }),
+            }
+        }
+    }
+
+    /// The service that a chain or port owner means.
+    pub(crate) fn service(&self, index: usize) -> Option<&Spoken> {
+        self.resolved.services.get(index)
+    }
+
+    pub(crate) fn owner(&self, port: u16) -> Option<&HostPortOwner> {
+        self.resolved.ports.iter().find(|o| o.number == port)
+    }
+
+    pub(crate) fn order(&self, chain: &Chain) -> Option<Order> {
+        Some(self.service(chain.service)?.order(chain.address))
+    }
+
+    /// Rows that this host name has a say in, beside the one of its own name.
+    pub(crate) fn foreign_rows(&self) -> BTreeSet<RowKey> {
+        let own = self.pattern.as_ref();
+        let mut out: BTreeSet<RowKey> = self.domains.iter().map(|d| RowKey::Host(d.pattern.clone())).collect();
+        for chain in &self.chains {
+            match (&chain.bind, &chain.sni) {
+                (Bind::Address(ip), _) => drop(out.insert(RowKey::Address(*ip, chain.port))),
+                (Bind::Net(net), _) => drop(out.insert(RowKey::Prefix(chain.port, *net))),
+                (Bind::Wildcard, Some(name)) => drop(out.insert(RowKey::Host(name.clone()))),
+                (Bind::Wildcard, None) => {}
+            }
+        }
+        if let Some(own) = own {
+            out.remove(&RowKey::Host(own.clone()));
+        }
+        out
+    }
+
+    /// What it puts on wildcard listeners, one claim for each service, address and port.
+    pub(crate) fn port_claims(&self) -> Vec<(u16, Order, PortClaim)> {
+        let mut out: Vec<(u16, Order, PortClaim)> = Vec::new();
+        for chain in self.chains.iter().filter(|c| !matches!(c.bind, Bind::Address(_))) {
+            let Some(order) = self.order(chain) else { continue };
+            let claim = PortClaim {
+                protocol: chain.protocol,
+                http: chain.http,
+                all: chain.tcp && chain.sni.is_none() && chain.bind == Bind::Wildcard,
+                sni: chain.sni.is_some(),
+            };
+            match out.last_mut() {
+                Some((port, last, merged)) if *port == chain.port && *last == order => {
+                    merged.http |= claim.http;
+                    merged.all |= claim.all;
+                    merged.sni |= claim.sni;
+                }
+                _ => out.push((chain.port, order, claim)),
+            }
+        }
+        out
+    }
+
+    /// The cluster of a port, as istiod names it.
+    pub(crate) fn cluster(&self, port: u16) -> String {
+        let base = self.owner(port).and_then(|o| self.service(o.base));
+        outbound_name(port, base.map_or("", |s| &s.member.host))
+    }
+
+    fn choice(&self, owner: &HostPortOwner, cluster: String) -> Option<Choice> {
+        let winner = self.service(owner.declared)?.member.source.origin();
+        let mut losers: Vec<Origin> = Vec::new();
+        for other in self.resolved.services.iter().chain(&self.resolved.hidden) {
+            let origin = other.member.source.origin();
+            if losers.len() < MAX_LOSERS
+                && other.port(owner.number).is_some()
+                && origin != winner
+                && !losers.contains(&origin)
+            {
+                losers.push(origin);
+            }
+        }
+        Some(Choice { cluster, winner, losers })
+    }
+
+    /// The virtual host of a port, for the host name (`None`) or for an address of this service.
+    pub(crate) fn http_choice(&self, port: u16, of: Option<usize>) -> Option<Choice> {
+        let owner = self.owner(port)?;
+        let http = owner.http?;
+        if of.is_some_and(|of| of != http) {
+            return None;
+        }
+        self.choice(owner, self.cluster(port))
+    }
+
+    /// What the HTTP proxy port does: an entry without endpoints is dialled by the name asked for.
+    pub(crate) fn proxy_choice(&self, port: u16) -> Option<Choice> {
+        let owner = self.owner(port)?;
+        let base = self.service(owner.base)?;
+        let cluster = match base.member.source.resolution() {
+            Resolution::None => forward_name(port, &base.member.host),
+            _ => self.cluster(port),
+        };
+        self.choice(owner, cluster)
+    }
+}
+
+/// The addresses of a headless service, where its listeners are bound to those of its endpoints (SEMANTICS 3.6).
+fn headless(
+    service: &Spoken,
+    port: u16,
+    members: &[Member],
+    workloads: &Workloads,
+) -> Option<BTreeSet<IpAddr>> {
+    let source = &service.member.source;
+    if source.resolution() != Resolution::None {
+        return None;
+    }
+    let selects = match source {
+        Source::Entry(entry) => entry.workload_selector.as_ref().is_some_and(|l| !l.is_empty()),
+        Source::Kube(_) => true,
+    };
+    let endpoints = host_endpoints(members, &source.meta().namespace, workloads);
+    let here: Vec<_> = endpoints.iter().filter(|e| e.service_port == port).collect();
+    (selects || !here.is_empty()).then(|| here.iter().filter_map(|e| e.address.parse().ok()).collect())
+}
+
+fn domains(key: &str, resolved: &Resolved, cx: &Context) -> Vec<Domain> {
+    let mut names = alternate_hosts(key, cx);
+    for alias in &resolved.aliases {
+        names.push(alias.clone());
+        names.extend(alternate_hosts(alias, cx));
+    }
+    let headless = |s: &Spoken| s.member.source.is_kube() && s.member.source.resolution() == Resolution::None;
+    if resolved.services.iter().any(headless) {
+        let mut below: Vec<String> = names.iter().map(|n| format!("*.{n}")).collect();
+        below.push(format!("*.{key}"));
+        names.extend(below);
+    }
+    let mut out: Vec<Domain> =
+        names.iter().filter_map(|n| n.parse().ok()).map(|pattern| Domain { pattern, of: None }).collect();
+    for (index, service) in resolved.services.iter().enumerate() {
+        for address in &service.addresses {
+            if let Addr::Ip(_, text) = address
+                && let Ok(pattern) = text.parse()
+            {
+                out.push(Domain { pattern, of: Some(index) });
+            }
+        }
+    }
+    out
+}

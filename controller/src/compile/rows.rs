@@ -1,0 +1,157 @@
+//! Rows out of claims: who wins each key, and who loses (SEMANTICS 1.5, 3.5).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use portolan_registry::name::HostPattern;
+use portolan_registry::row::{Choice, HostPort, MAX_LOSERS, Origin, Row};
+
+use super::chains::{Bind, Chain, Group};
+use super::ports::Mode;
+use super::service::Order;
+use crate::model::Protocol;
+
+/// A virtual host without a route has no cluster: its requests find nothing (404).
+pub const NO_ROUTE: &str = "";
+
+/// A chain with its place in the order and the group that it is from.
+type Ranked<'g> = (Order, &'g Chain, &'g Group);
+
+/// The row of a host pattern, from the host name that is the pattern and from those that have it as a further domain.
+pub(crate) fn host(
+    pattern: &HostPattern,
+    own: Option<&Group>,
+    others: &[Arc<Group>],
+    mode: impl Fn(u16) -> Mode,
+) -> Option<Row> {
+    let mut ports: BTreeMap<u16, HostPort> = BTreeMap::new();
+    let mut groups: Vec<(&Group, Option<Vec<Option<usize>>>)> = own.map(|g| (g, None)).into_iter().collect();
+    let mut further: Vec<&Group> = others.iter().map(Arc::as_ref).collect();
+    let first = |g: &Group| g.resolved.services.first().map(|s| s.order(0));
+    further.sort_by_cached_key(|g| first(g));
+    for group in further {
+        let of = group.domains.iter().filter(|d| d.pattern == *pattern).map(|d| d.of).collect();
+        groups.push((group, Some(of)));
+    }
+    for (group, domains) in &groups {
+        for owner in &group.resolved.ports {
+            let number = owner.number;
+            let slot = ports.entry(number).or_insert_with(|| HostPort { port: number, ..HostPort::default() });
+            let (http, proxy) = match domains {
+                None => (group.http_choice(number, None), group.proxy_choice(number)),
+                Some(of) => (
+                    of.iter().find_map(|of| group.http_choice(number, *of)),
+                    (!of.is_empty()).then(|| group.proxy_choice(number)).flatten(),
+                ),
+            };
+            claim(&mut slot.http, http);
+            claim(&mut slot.proxy, proxy);
+            claim(&mut slot.sni, server_name(group, pattern, number, mode(number)));
+        }
+    }
+    let ports: Vec<HostPort> =
+        ports.into_values().filter(|p| p.http.is_some() || p.sni.is_some() || p.proxy.is_some()).collect();
+    (!ports.is_empty()).then(|| Row::Host { pattern: pattern.clone(), ports })
+}
+
+/// The chain of a group that asks for this server name and for no destination.
+fn server_name(group: &Group, pattern: &HostPattern, port: u16, mode: Mode) -> Option<Choice> {
+    let chains = group.chains.iter().filter(|c| {
+        c.port == port && c.bind == Bind::Wildcard && c.sni.as_ref() == Some(pattern) && mode.takes(c.protocol)
+    });
+    let mut ranked: Vec<Ranked<'_>> = chains.filter_map(|c| Some((group.order(c)?, c, group))).collect();
+    ranked.sort_by(|a, b| a.0.cmp(&b.0));
+    first(&ranked)
+}
+
+/// The row of a listener of one address; none where nothing claims it.
+pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Option<Row> {
+    let ranked = ranked(groups, |c| c.port == port && c.bind == Bind::Address(address));
+    let mode = Mode::of(ranked.first()?.1.protocol);
+    let ranked: Vec<Ranked<'_>> = ranked.into_iter().filter(|(_, c, _)| mode.takes(c.protocol)).collect();
+    let sniffed: Vec<Ranked<'_>> = ranked.iter().filter(|(_, c, _)| c.http).cloned().collect();
+    let http = first(&sniffed).map(|mut choice| {
+        if sniffed.first().is_some_and(|(_, chain, group)| !single_route(group, chain)) {
+            choice.cluster = NO_ROUTE.to_owned();
+        }
+        choice
+    });
+    Some(Row::Address { address, port, http, tcp: first(&ranked) })
+}
+
+/// Whether the sniffed listeners of a host name have the one virtual host that they are to have. Istio names their
+/// routes by host and port alone: two addresses share a name, and the second to ask for it is left without any. The same
+/// where the virtual host is gone because a later entry makes the port TCP.
+fn single_route(group: &Group, chain: &Chain) -> bool {
+    let same = |c: &&Chain| {
+        c.port == chain.port && c.protocol == Protocol::Auto && matches!(c.bind, Bind::Address(_))
+    };
+    let from_entries = group.service(chain.service).is_some_and(|s| !s.member.source.is_kube());
+    group.owner(chain.port).is_some_and(|o| o.http.is_some())
+        && (!from_entries || group.chains.iter().filter(same).count() <= 1)
+}
+
+/// The row of a destination prefix; none where nothing claims it.
+pub(crate) fn prefix(port: u16, net: IpNet, groups: &[Arc<Group>], mode: Mode) -> Option<Row> {
+    let ranked =
+        ranked(groups, |c| c.port == port && c.bind == Bind::Net(net) && mode.takes(c.protocol));
+    if ranked.is_empty() {
+        return None;
+    }
+    let (plain, named): (Vec<Ranked<'_>>, Vec<Ranked<'_>>) = ranked.into_iter().partition(|(_, c, _)| c.sni.is_none());
+    let mut by_name: BTreeMap<&HostPattern, Vec<Ranked<'_>>> = BTreeMap::new();
+    for entry in &named {
+        if let Some(sni) = &entry.1.sni {
+            by_name.entry(sni).or_default().push(entry.clone());
+        }
+    }
+    let sni = by_name.into_iter().filter_map(|(name, list)| Some((name.clone(), first(&list)?))).collect();
+    Some(Row::Prefix { port, net, tcp: first(&plain), sni })
+}
+
+fn ranked<'g>(groups: &'g [Arc<Group>], wanted: impl Fn(&Chain) -> bool) -> Vec<Ranked<'g>> {
+    let mut out: Vec<Ranked<'g>> = groups
+        .iter()
+        .flat_map(|g| g.chains.iter().filter(|c| wanted(c)).map(move |c| (c, g.as_ref())))
+        .filter_map(|(c, g)| Some((g.order(c)?, c, g)))
+        .collect();
+    out.sort_by(|a, b| a.0.cmp(&b.0));
+    out
+}
+
+/// The first takes it; the others lose.
+fn first(ranked: &[Ranked<'_>]) -> Option<Choice> {
+    let ((order, chain, group), rest) = ranked.split_first()?;
+    let origins = rest.iter().map(|(o, _, _)| o.member.source.origin());
+    Some(decide(group.cluster(chain.port), order.member.source.origin(), origins))
+}
+
+/// A choice with its losers, each named once.
+pub(crate) fn decide(cluster: String, winner: Origin, rest: impl Iterator<Item = Origin>) -> Choice {
+    let mut losers: Vec<Origin> = Vec::new();
+    for origin in rest {
+        if losers.len() == MAX_LOSERS {
+            break;
+        }
+        if origin != winner && !losers.contains(&origin) {
+            losers.push(origin);
+        }
+    }
+    Choice { cluster, winner, losers }
+}
+
+/// Fills a slot, or joins the losers of the one who has it.
+fn claim(slot: &mut Option<Choice>, choice: Option<Choice>) {
+    match (slot, choice) {
+        (Some(held), Some(choice)) => {
+            let fits = held.losers.len() < MAX_LOSERS && !held.losers.contains(&choice.winner);
+            if fits && held.winner != choice.winner {
+                held.losers.push(choice.winner);
+            }
+        }
+        (slot @ None, choice) => *slot = choice,
+        (Some(_), None) => {}
+    }
+}

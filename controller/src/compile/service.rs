@@ -1,0 +1,397 @@
+//! Objects as services: visibility, order, addresses and the one namespace that speaks for a host name (SEMANTICS 1.6,
+//! 2.1, 2.11, 2.12).
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use portolan_registry::row::{Origin, OriginKind};
+
+use crate::model::{Meta, MeshConfig, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort};
+
+/// What decides how objects are seen: who asks, and the mesh's settings.
+#[derive(Debug, Clone)]
+pub(crate) struct Context {
+    pub(crate) scope: Scope,
+    pub(crate) mesh: MeshConfig,
+    /// The subscriber answers DNS itself, so that auto-allocated addresses count.
+    pub(crate) dns_capture: bool,
+}
+
+impl Context {
+    /// `<ns>.svc.<domain>`
+    fn proxy_domain(&self) -> String {
+        format!("{}.svc.{}", self.scope.namespace, self.mesh.cluster_domain)
+    }
+
+    /// Whether the subscriber speaks IPv6 only; one that names no address speaks IPv4.
+    pub(crate) fn v6_only(&self) -> bool {
+        let mut ips = self.scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
+        ips.peek().is_some() && ips.all(|ip| ip.is_ipv6())
+    }
+
+    pub(crate) fn gateway(&self) -> bool {
+        self.scope.role == Role::Gateway
+    }
+}
+
+/// The object behind a service.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    Entry(Arc<ServiceEntry>),
+    Kube(Arc<Service>),
+}
+
+impl Source {
+    pub(crate) fn meta(&self) -> &Meta {
+        match self {
+            Source::Entry(o) => &o.meta,
+            Source::Kube(o) => &o.meta,
+        }
+    }
+
+    pub(crate) fn ports(&self) -> &[ServicePort] {
+        match self {
+            Source::Entry(o) => &o.ports,
+            Source::Kube(o) => &o.ports,
+        }
+    }
+
+    pub(crate) fn is_kube(&self) -> bool {
+        matches!(self, Source::Kube(_))
+    }
+
+    pub(crate) fn resolution(&self) -> Resolution {
+        match self {
+            Source::Entry(o) => o.resolution,
+            Source::Kube(o) if o.headless => Resolution::None,
+            Source::Kube(_) => Resolution::Static,
+        }
+    }
+
+    fn export_to(&self) -> &[String] {
+        match self {
+            Source::Entry(o) => &o.export_to,
+            Source::Kube(o) => &o.export_to,
+        }
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        let meta = self.meta();
+        let kind = if self.is_kube() { OriginKind::Service } else { OriginKind::ServiceEntry };
+        Origin { namespace: meta.namespace.clone(), name: meta.name.clone(), kind }
+    }
+}
+
+/// One host of one object.
+#[derive(Debug, Clone)]
+pub(crate) struct Member {
+    pub(crate) source: Source,
+    /// Host as written.
+    pub(crate) host: Arc<str>,
+}
+
+impl Member {
+    /// The name by which services are ordered: the host of a ServiceEntry, the object name of a Service.
+    fn sort_name(&self) -> &str {
+        match &self.source {
+            Source::Entry(_) => &self.host,
+            Source::Kube(o) => &o.meta.name,
+        }
+    }
+
+    /// Oldest first; ties that Istio leaves to chance end with the object's name.
+    pub(crate) fn age(&self, other: &Member) -> Ordering {
+        let (a, b) = (self.source.meta(), other.source.meta());
+        (a.created, self.sort_name(), &a.namespace, self.source.is_kube(), &a.name).cmp(&(
+            b.created,
+            other.sort_name(),
+            &b.namespace,
+            other.source.is_kube(),
+            &b.name,
+        ))
+    }
+
+    /// Whether the subscriber may see the object, and if so, whether it was exported to its namespace by name.
+    pub(crate) fn visible(&self, cx: &Context) -> Option<bool> {
+        let own = match self.source.export_to() {
+            [] => &cx.mesh.default_service_export_to,
+            own => own,
+        };
+        if own.iter().any(|e| e == "*") {
+            return Some(false);
+        }
+        if own.iter().any(|e| e == "~") {
+            return None;
+        }
+        let namespace = &self.source.meta().namespace;
+        own.iter().any(|e| *e == cx.scope.namespace || (e == "." && *namespace == cx.scope.namespace)).then_some(true)
+    }
+}
+
+/// Place of a service in the order in which Istio goes through them.
+#[derive(Debug, Clone)]
+pub(crate) struct Order {
+    /// Public services follow those exported by name.
+    pub(crate) public: bool,
+    pub(crate) member: Member,
+    /// Index of the address.
+    pub(crate) address: u32,
+}
+
+impl Ord for Order {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.public
+            .cmp(&other.public)
+            .then_with(|| self.member.age(&other.member))
+            .then_with(|| self.member.host.cmp(&other.member.host))
+            .then_with(|| self.address.cmp(&other.address))
+    }
+}
+
+impl PartialOrd for Order {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Order {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Order {}
+
+/// An address of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Addr {
+    /// None given.
+    Any,
+    /// One address: in its normal form to bind to, and as written for the Host header.
+    Ip(IpAddr, String),
+    Net(IpNet),
+}
+
+/// A service that speaks for its host name.
+#[derive(Debug, Clone)]
+pub(crate) struct Spoken {
+    pub(crate) member: Member,
+    pub(crate) public: bool,
+    pub(crate) addresses: Vec<Addr>,
+}
+
+impl Spoken {
+    pub(crate) fn port(&self, number: u16) -> Option<&ServicePort> {
+        self.member.source.ports().iter().find(|p| p.number == number && p.protocol != Protocol::Udp)
+    }
+
+    pub(crate) fn order(&self, address: u32) -> Order {
+        Order { public: self.public, member: self.member.clone(), address }
+    }
+}
+
+/// A port of a host name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostPortOwner {
+    pub(crate) number: u16,
+    /// Index of the service whose cluster takes the port: resolution, name and all.
+    pub(crate) base: usize,
+    /// Index of the service that brought the port.
+    pub(crate) declared: usize,
+    /// Index of the service that makes the virtual host, if the port has one: the last in order with that port.
+    pub(crate) http: Option<usize>,
+}
+
+/// What a host name means to a subscriber.
+#[derive(Debug, Clone)]
+pub(crate) struct Resolved {
+    /// The services of the namespace that won, in list order.
+    pub(crate) services: Vec<Spoken>,
+    /// Objects of other namespaces that the winner hides.
+    pub(crate) hidden: Vec<Spoken>,
+    /// Ports, ascending.
+    pub(crate) ports: Vec<HostPortOwner>,
+    /// ExternalName Services that point here.
+    pub(crate) aliases: Vec<String>,
+}
+
+/// Resolves what one host name means; `None`: nothing that this subscriber may see.
+pub(crate) fn resolve(members: &[Member], aliases: &[Member], cx: &Context) -> Option<Resolved> {
+    let mut list: Vec<Spoken> = members
+        .iter()
+        .filter_map(|m| {
+            let explicit = m.visible(cx)?;
+            let addresses = addresses(m, members, cx);
+            (!addresses.is_empty()).then(|| Spoken { member: m.clone(), public: !explicit, addresses })
+        })
+        .collect();
+    list.sort_by(|a, b| a.public.cmp(&b.public).then_with(|| a.member.age(&b.member)));
+    let namespace = winner(&list, &cx.scope.namespace)?.to_owned();
+    let (services, hidden): (Vec<_>, Vec<_>) =
+        list.into_iter().partition(|s| s.member.source.meta().namespace == namespace);
+    let ports = ports(&services);
+    let aliases = aliases.iter().filter(|a| a.visible(cx).is_some()).map(|a| a.host.to_lowercase()).collect();
+    Some(Resolved { services, hidden, ports, aliases })
+}
+
+/// The namespace that speaks for a host name: the subscriber's own, else Kubernetes', else the first.
+fn winner<'l>(list: &'l [Spoken], own: &str) -> Option<&'l str> {
+    let (first, rest) = list.split_first()?;
+    let mut best = &first.member.source;
+    for Spoken { member, .. } in rest {
+        let namespace = &member.source.meta().namespace;
+        let takes_over = !best.is_kube() && member.source.is_kube() && best.meta().namespace != own;
+        if namespace == own || takes_over {
+            best = &member.source;
+        }
+    }
+    Some(&best.meta().namespace)
+}
+
+/// Who owns each port. Istio merges clusters by its rules; a port that it would route to a cluster it never makes
+/// belongs to the oldest service that declares it (DESIGN, Differences).
+fn ports(services: &[Spoken]) -> Vec<HostPortOwner> {
+    let base = services.iter().position(|s| s.member.source.is_kube()).unwrap_or(0);
+    let mut out: Vec<HostPortOwner> = Vec::new();
+    let mut take = |index: usize, base: usize, service: &Spoken| {
+        for port in service.member.source.ports().iter().filter(|p| p.protocol != Protocol::Udp) {
+            if out.iter().any(|o| o.number == port.number) {
+                continue;
+            }
+            let last = services.iter().enumerate().rev().find_map(|(i, s)| s.port(port.number).map(|p| (i, p)));
+            let http = last.filter(|(_, p)| http_class(p.protocol) || p.protocol == Protocol::Auto).map(|(i, _)| i);
+            out.push(HostPortOwner { number: port.number, base, declared: index, http });
+        }
+    };
+    let Some(first) = services.get(base) else { return Vec::new() };
+    take(base, base, first);
+    for (index, service) in services.iter().enumerate().filter(|(i, s)| *i != base && mergeable(first, s)) {
+        take(index, base, service);
+    }
+    for (index, service) in services.iter().enumerate() {
+        take(index, index, service);
+    }
+    out.sort_by_key(|o| o.number);
+    out
+}
+
+/// May the ports of a later service join the clusters of the first?
+fn mergeable(first: &Spoken, later: &Spoken) -> bool {
+    let set = |list: &[String]| {
+        let mut list = list.to_vec();
+        list.sort();
+        list.dedup();
+        list
+    };
+    match (&first.member.source, &later.member.source) {
+        (Source::Entry(a), Source::Entry(b)) => {
+            a.ports != b.ports
+                && a.resolution == b.resolution
+                && a.meta.labels == b.meta.labels
+                && a.workload_selector.clone().unwrap_or_default() == b.workload_selector.clone().unwrap_or_default()
+                && set(&a.export_to) == set(&b.export_to)
+        }
+        _ => false,
+    }
+}
+
+/// HTTP whatever the bytes are (SEMANTICS 3.1).
+pub(crate) fn http_class(protocol: Protocol) -> bool {
+    use Protocol::{Grpc, GrpcWeb, Http, Http2, HttpProxy};
+    matches!(protocol, Http | Http2 | Grpc | GrpcWeb | HttpProxy)
+}
+
+/// TLS that the client begins.
+pub(crate) fn tls_class(protocol: Protocol) -> bool {
+    matches!(protocol, Protocol::Https | Protocol::Tls)
+}
+
+/// The addresses of a service; empty where an entry has only such as cannot be read, and then it is no service.
+fn addresses(member: &Member, siblings: &[Member], cx: &Context) -> Vec<Addr> {
+    match &member.source {
+        Source::Entry(entry) if entry.addresses.is_empty() => {
+            // Entries of one namespace and host share their virtual addresses (DESIGN, Differences).
+            let own = auto_address(member, cx);
+            let mut out: Vec<Addr> = own.into_iter().map(ip).collect();
+            if !out.is_empty() {
+                let siblings = siblings.iter().filter(|s| s.source.meta().namespace == entry.meta.namespace);
+                let mut shared: Vec<IpAddr> = siblings.filter_map(|s| auto_address(s, cx)).collect();
+                shared.sort();
+                shared.dedup();
+                shared.retain(|a| Some(*a) != own);
+                out.extend(shared.into_iter().map(ip));
+            }
+            if out.is_empty() { vec![Addr::Any] } else { out }
+        }
+        Source::Entry(entry) => entry.addresses.iter().filter_map(|a| address(a)).collect(),
+        Source::Kube(service) => {
+            let v6_only = cx.v6_only();
+            let usable = |a: &IpAddr| a.is_ipv6() == v6_only;
+            let ips = service.cluster_ips.iter().filter_map(|a| a.parse().ok()).filter(usable);
+            let out: Vec<Addr> = ips.map(ip).collect();
+            if out.is_empty() { vec![Addr::Any] } else { out }
+        }
+    }
+}
+
+fn ip(address: IpAddr) -> Addr {
+    Addr::Ip(address, address.to_string())
+}
+
+fn address(text: &str) -> Option<Addr> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Some(if address.is_unspecified() { Addr::Any } else { Addr::Ip(address, text.to_lowercase()) });
+    }
+    let net = text.parse::<IpNet>().ok()?;
+    if net.prefix_len() == net.max_prefix_len() { Some(ip(net.addr())) } else { Some(Addr::Net(net.trunc())) }
+}
+
+/// The address that Istio's controller allocated for this host, while the entry is still entitled to one
+/// (SEMANTICS 2.9): the last of the subscriber's family in the status.
+fn auto_address(member: &Member, cx: &Context) -> Option<IpAddr> {
+    let Source::Entry(entry) = &member.source else { return None };
+    let refused = entry.meta.labels.get("networking.istio.io/enable-autoallocate-ip");
+    let wildcard = member.host.starts_with('*') && entry.resolution != Resolution::DynamicDns;
+    let entitled = entry.resolution != Resolution::None
+        && entry.addresses.is_empty()
+        && !wildcard
+        && !refused.is_some_and(|v| v.eq_ignore_ascii_case("false"));
+    if !cx.dns_capture || !entitled {
+        return None;
+    }
+    let of_host = entry.status_addresses.iter().rev().filter(|(_, host)| host.eq_ignore_ascii_case(&member.host));
+    of_host.filter_map(|(a, _)| a.parse::<IpAddr>().ok()).find(|a| a.is_ipv6() == cx.v6_only())
+}
+
+/// Further names of a host (SEMANTICS 1.5): those that a Kubernetes name shortens to within the cluster.
+pub(crate) fn alternate_hosts(host: &str, cx: &Context) -> Vec<String> {
+    let proxy = cx.proxy_domain();
+    let Some(shared) = proxy.find(".svc.").and_then(|at| proxy.get(at..)) else { return Vec::new() };
+    if !host.ends_with(shared) {
+        return Vec::new();
+    }
+    let (Some(svc), Some(dot)) = (host.find(".svc."), host.find('.')) else { return Vec::new() };
+    if svc == 0 || dot + 1 > svc {
+        return Vec::new();
+    }
+    let (short, stem) = (&host[..dot], &host[..svc]);
+    let mut out = vec![stem.to_owned(), format!("{stem}.svc")];
+    if host[dot + 1..svc] == cx.scope.namespace {
+        out.push(short.to_owned());
+    }
+    out
+}
+
+/// The name that a Kubernetes Service goes by.
+pub(crate) fn kube_host(service: &Service, cx: &Context) -> String {
+    format!("{}.{}.svc.{}", service.meta.name, service.meta.namespace, cx.mesh.cluster_domain)
+}
+
+/// Lower case without a trailing dot: what hosts are grouped by.
+pub(crate) fn group_key(host: &str) -> Cow<'_, str> {
+    let host = host.strip_suffix('.').filter(|h| !h.is_empty()).unwrap_or(host);
+    if host.bytes().any(|b| b.is_ascii_uppercase()) { Cow::Owned(host.to_ascii_lowercase()) } else { Cow::Borrowed(host) }
+}
