@@ -109,7 +109,7 @@ fn start() -> Result<wasmtime::Engine, EngineError> {
         while let Some(engine) = weak.upgrade() {
             engine.increment_epoch();
             drop(engine);
-            std::thread::sleep(EPOCH);
+            std::thread::park_timeout(EPOCH);
         }
     };
     std::thread::Builder::new()

@@ -17,6 +17,7 @@
 
 mod abi;
 mod callbacks;
+pub mod embedded;
 mod engine;
 mod env;
 mod error;
