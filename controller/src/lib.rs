@@ -3,3 +3,5 @@
 pub mod cluster;
 pub mod compile;
 pub mod model;
+pub mod publish;
+pub mod serve;

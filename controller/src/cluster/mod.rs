@@ -3,6 +3,7 @@
 pub(crate) mod endpoints;
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::time::Duration;
 
 use portolan_proto::envoy::envoy::config::cluster::v3::{Cluster, cluster};
@@ -284,15 +285,16 @@ fn finish(mut cluster: Cluster, source: &Source, port: Option<u16>) -> Cluster {
 /// A digest of a cluster that does not depend on the order of its maps.
 pub fn digest(cluster: &Cluster) -> u64 {
     let metadata = cluster.metadata.clone().unwrap_or_default();
-    let mut bytes = Cluster { metadata: None, ..cluster.clone() }.encode_to_vec();
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&Cluster { metadata: None, ..cluster.clone() }.encode_to_vec());
     for (name, fields) in metadata.filter_metadata.into_iter().collect::<BTreeMap<_, _>>() {
-        bytes.extend_from_slice(name.as_bytes());
+        hasher.write(name.as_bytes());
         for (key, value) in fields.fields.into_iter().collect::<BTreeMap<_, _>>() {
-            bytes.extend_from_slice(key.as_bytes());
-            bytes.extend(value.encode_to_vec());
+            hasher.write(key.as_bytes());
+            hasher.write(&value.encode_to_vec());
         }
     }
-    portolan_registry::write::page_digest(&bytes)
+    hasher.finish()
 }
 
 fn duration(d: Duration) -> protobuf::Duration {

@@ -1,0 +1,292 @@
+//! One engine owns the objects and, for each scope that somebody asked for, a compiler; what it compiles is published as
+//! an immutable value that all subscribers of the scope share.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
+use portolan_proto::v1::ListenerPlan;
+use portolan_registry::write::{PageId, page_digest};
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::cluster;
+use crate::compile::{Compiler, Conflict, Update};
+use crate::model::{Change, MeshConfig, Object, ObjectKey, Scope};
+
+/// How long a scope stays compiled after its last subscriber left.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// From so many changes on it is cheaper to look at everything again.
+const MANY: usize = 1000;
+
+/// A page as it is published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page {
+    /// Its place.
+    pub id: PageId,
+    /// Its bytes.
+    pub data: Arc<[u8]>,
+    /// Their digest.
+    pub digest: u64,
+}
+
+/// What is in force for one scope.
+#[derive(Debug, Clone, Default)]
+pub struct Published {
+    /// Rises with every change, across all scopes.
+    pub version: u64,
+    /// Pages by ascending id.
+    pub pages: Vec<Page>,
+    /// Digest of the whole snapshot.
+    pub digest: u64,
+    /// Listener plans by port.
+    pub plans: BTreeMap<u16, Arc<ListenerPlan>>,
+}
+
+impl Published {
+    /// Digest of the page of this id.
+    pub fn page_digest(&self, id: PageId) -> Option<u64> {
+        let at = self.pages.binary_search_by_key(&id, |p| p.id).ok()?;
+        self.pages.get(at).map(|p| p.digest)
+    }
+}
+
+/// The engine has ended: its thread was shut down or has died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the compiler has ended")]
+pub struct Ended;
+
+/// Clusters by name; `None`: there is no such cluster.
+pub type Clusters = Vec<(String, Option<Cluster>)>;
+
+enum Command {
+    Apply(Vec<Change>, oneshot::Sender<Vec<Conflict>>),
+    Mesh(Box<MeshConfig>, oneshot::Sender<()>),
+    Subscribe(Box<Scope>, oneshot::Sender<watch::Receiver<Arc<Published>>>),
+    Clusters { scope: Box<Scope>, names: Vec<String>, since: Option<u64>, answer: oneshot::Sender<Clusters> },
+}
+
+/// Handle to the engine; clones share it, and it ends with the last of them.
+#[derive(Debug, Clone)]
+pub struct Publisher {
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+impl Publisher {
+    /// Starts the engine on a thread of its own, so that compiling keeps no runtime waiting.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start(mesh: MeshConfig) -> std::io::Result<Self> {
+        let (commands, mut inbox) = mpsc::unbounded_channel();
+        std::thread::Builder::new().name("compiler".into()).spawn(move || {
+            let mut engine = Engine { mesh, objects: HashMap::new(), scopes: HashMap::new(), version: 0 };
+            while let Some(command) = inbox.blocking_recv() {
+                engine.run(command);
+            }
+        })?;
+        Ok(Publisher { commands })
+    }
+
+    /// Takes in one batch of changes; returns when every scope has it published, with the conflicts at the keys that it
+    /// touched, of all scopes.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn apply(&self, changes: Vec<Change>) -> Result<Vec<Conflict>, Ended> {
+        self.ask(|answer| Command::Apply(changes, answer)).await
+    }
+
+    /// Puts new mesh settings in force; every scope is compiled anew.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn set_mesh(&self, mesh: MeshConfig) -> Result<(), Ended> {
+        self.ask(|answer| Command::Mesh(Box::new(mesh), answer)).await
+    }
+
+    /// Subscribes to a scope, which is compiled if it is not yet.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn subscribe(&self, scope: Scope) -> Result<watch::Receiver<Arc<Published>>, Ended> {
+        self.ask(|answer| Command::Subscribe(Box::new(scope), answer)).await
+    }
+
+    /// Builds clusters for a scope. With `since`, only those that may have changed after that version.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn clusters(&self, scope: Scope, names: Vec<String>, since: Option<u64>) -> Result<Clusters, Ended> {
+        self.ask(|answer| Command::Clusters { scope: Box::new(scope), names, since, answer }).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Ended> {
+        let (answer, reply) = oneshot::channel();
+        self.commands.send(command(answer)).map_err(|_| Ended)?;
+        reply.await.map_err(|_| Ended)
+    }
+}
+
+struct Engine {
+    mesh: MeshConfig,
+    objects: HashMap<ObjectKey, Object>,
+    scopes: HashMap<Scope, ScopeState>,
+    version: u64,
+}
+
+struct ScopeState {
+    compiler: Compiler,
+    published: watch::Sender<Arc<Published>>,
+    /// Version at which a host name last changed; `since` where it is not in here.
+    changed: HashMap<Arc<str>, u64>,
+    /// Version of the first compilation.
+    since: u64,
+    idle: Option<Instant>,
+}
+
+impl Engine {
+    fn run(&mut self, command: Command) {
+        // A caller that has gone needs no answer.
+        match command {
+            Command::Apply(changes, answer) => drop(answer.send(self.apply(&changes))),
+            Command::Mesh(mesh, answer) => {
+                self.set_mesh(*mesh);
+                let _ = answer.send(());
+            }
+            Command::Subscribe(scope, answer) => drop(answer.send(self.scope(&scope).published.subscribe())),
+            Command::Clusters { scope, names, since, answer } => {
+                let state = self.scope(&scope);
+                let clusters = names.into_iter().filter(|n| state.may_differ(n, since));
+                let _ = answer.send(clusters.map(|n| (n.clone(), state.compiler.cluster(&n))).collect());
+            }
+        }
+    }
+
+    fn apply(&mut self, changes: &[Change]) -> Vec<Conflict> {
+        for change in changes {
+            match change {
+                Change::Apply(object) => drop(self.objects.insert(object.key(), object.clone())),
+                Change::Delete(key) => drop(self.objects.remove(key)),
+            }
+        }
+        self.version += 1;
+        let version = self.version;
+        let mut conflicts = Vec::new();
+        self.scopes.retain(|scope, state| {
+            if state.forsaken() {
+                tracing::info!(?scope, "scope forgotten: nobody has subscribed for a while");
+                return false;
+            }
+            let start = Instant::now();
+            state.compiler.apply(changes);
+            let update = state.compiler.commit();
+            state.publish(version, &update);
+            tracing::debug!(version, changes = changes.len(), elapsed = ?start.elapsed(), "compiled");
+            conflicts.extend(update.conflicts);
+            true
+        });
+        conflicts
+    }
+
+    fn set_mesh(&mut self, mesh: MeshConfig) {
+        if self.mesh == mesh {
+            return;
+        }
+        self.mesh = mesh;
+        self.version += 1;
+        for (scope, state) in &mut self.scopes {
+            let (compiler, _) = crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
+            state.compiler = compiler;
+            state.changed.clear();
+            state.since = self.version;
+            state.published.send_replace(Arc::new(whole(self.version, &state.compiler)));
+        }
+    }
+
+    fn scope(&mut self, scope: &Scope) -> &mut ScopeState {
+        let scope = &relevant(scope);
+        if !self.scopes.contains_key(scope) {
+            self.version += 1;
+        }
+        let version = self.version;
+        self.scopes.entry(scope.clone()).or_insert_with(|| {
+            let start = Instant::now();
+            let (compiler, update) =
+                crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
+            let (objects, conflicts) = (self.objects.len(), update.conflicts.len());
+            tracing::info!(?scope, objects, conflicts, elapsed = ?start.elapsed(), "scope compiled");
+            let published = watch::Sender::new(Arc::new(whole(version, &compiler)));
+            ScopeState { compiler, published, changed: HashMap::new(), since: version, idle: None }
+        })
+    }
+}
+
+/// What of a scope bears on ServiceEntries: subscribers that differ in nothing else share what is compiled.
+fn relevant(scope: &Scope) -> Scope {
+    let mut ips = scope.ips.clone();
+    ips.sort();
+    ips.dedup();
+    Scope { namespace: scope.namespace.clone(), role: scope.role, ips, ..Scope::default() }
+}
+
+impl ScopeState {
+    fn forsaken(&mut self) -> bool {
+        if self.published.receiver_count() > 0 {
+            self.idle = None;
+            return false;
+        }
+        self.idle.get_or_insert_with(Instant::now).elapsed() > IDLE
+    }
+
+    fn may_differ(&self, name: &str, since: Option<u64>) -> bool {
+        let Some(since) = since else { return true };
+        let changed = cluster::host_of(name).and_then(|h| self.changed.get(h.as_str()).copied());
+        changed.unwrap_or(self.since) > since
+    }
+
+    fn publish(&mut self, version: u64, update: &Update) {
+        if update.hosts.len() > MANY {
+            self.changed.clear();
+            self.since = version;
+        } else {
+            self.changed.extend(update.hosts.iter().map(|host| (host.clone(), version)));
+        }
+        if update.pages.changed.len() > MANY {
+            self.published.send_replace(Arc::new(whole(version, &self.compiler)));
+            return;
+        }
+        let held = self.published.borrow().clone();
+        let mut pages = held.pages.clone();
+        pages.retain(|p| update.pages.removed.binary_search(&p.id).is_err());
+        for id in &update.pages.changed {
+            let Some(data) = self.compiler.page(*id) else { continue };
+            let page = Page { id: *id, digest: page_digest(data), data: data.clone() };
+            match pages.binary_search_by_key(id, |p| p.id) {
+                Ok(at) => pages[at] = page,
+                Err(at) => pages.insert(at, page),
+            }
+        }
+        let mut plans = held.plans.clone();
+        for port in &update.plans {
+            match self.compiler.plans().get(port) {
+                Some(plan) => drop(plans.insert(*port, Arc::new(plan.clone()))),
+                None => drop(plans.remove(port)),
+            }
+        }
+        let digest = self.compiler.digest();
+        self.published.send_replace(Arc::new(Published { version, pages, digest, plans }));
+    }
+}
+
+fn whole(version: u64, compiler: &Compiler) -> Published {
+    let page = |(id, data): (PageId, &Arc<[u8]>)| Page { id, data: data.clone(), digest: page_digest(data) };
+    Published {
+        version,
+        pages: compiler.pages().map(page).collect(),
+        digest: compiler.digest(),
+        plans: compiler.plans().iter().map(|(port, plan)| (*port, Arc::new(plan.clone()))).collect(),
+    }
+}
