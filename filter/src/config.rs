@@ -233,7 +233,8 @@ mod tests {
 
     #[test]
     fn every_field_is_read() {
-        let json = br#"{"controller":"c","namespace":"n","labels":{"app":"a"},"role":"gateway","ips":["10.0.0.1","::1"],
+        let json =
+            br#"{"controller":"c","namespace":"n","labels":{"app":"a"},"role":"gateway","ips":["10.0.0.1","::1"],
             "locality":"r/z","no_snapshot":"open","subscriber":"s"}"#;
         let config = Config::parse(json).unwrap();
         let scope = config.scope(&Fake::default()).unwrap();

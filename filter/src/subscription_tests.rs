@@ -201,8 +201,7 @@ fn a_refused_update_is_asked_for_again() {
 #[test]
 fn what_breaks_the_protocol_ends_the_stream() {
     let version = |version| WatchResponse { version, ..Default::default() }.encode_to_vec();
-    let cases: [Vec<Vec<u8>>; 3] =
-        [vec![vec![0xff; 40]], vec![vec![0; MAX_MESSAGE + 1]], vec![version(2), version(3)]];
+    let cases: [Vec<Vec<u8>>; 3] = [vec![vec![0xff; 40]], vec![vec![0; MAX_MESSAGE + 1]], vec![version(2), version(3)]];
     for messages in cases {
         let (mut subscription, _) = fresh();
         let actions: Vec<Action> = messages.iter().flat_map(|m| subscription.on_message(m)).collect();

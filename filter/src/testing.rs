@@ -48,8 +48,7 @@ pub(crate) fn writer(rows: &[Row]) -> Writer {
 /// Everything the writer holds, one page in each part.
 pub(crate) fn whole(writer: &Writer, version: u64) -> Vec<WatchResponse> {
     let part = |pages| WatchResponse { version, pages, ..Default::default() };
-    let mut parts: Vec<_> =
-        writer.pages().map(|(id, data)| part(vec![Page { id, data: data.to_vec() }])).collect();
+    let mut parts: Vec<_> = writer.pages().map(|(id, data)| part(vec![Page { id, data: data.to_vec() }])).collect();
     if let Some(part) = parts.last_mut() {
         part.last = true;
         part.digest = writer.digest();

@@ -76,7 +76,9 @@ pub fn write(pairs: &[(Vec<u8>, Vec<u8>)]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    fn read(map: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Malformed> {
+    type Read<'b> = Result<Vec<(&'b [u8], &'b [u8])>, Malformed>;
+
+    fn read(map: &[u8]) -> Read<'_> {
         Pairs::new(map)?.collect()
     }
 

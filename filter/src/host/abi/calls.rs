@@ -165,10 +165,8 @@ impl Host for Abi {
 
     fn foreign(&self, function: &str, arguments: &[u8]) -> Result {
         let (f, a) = (function.as_ptr(), arguments.as_ptr());
-        received(|data, size| unsafe {
-            proxy_call_foreign_function(f, function.len(), a, arguments.len(), data, size)
-        })
-        .map(drop)
+        received(|data, size| unsafe { proxy_call_foreign_function(f, function.len(), a, arguments.len(), data, size) })
+            .map(drop)
     }
 
     fn open_stream(&self, service: &[u8]) -> Result<u32> {
