@@ -16,8 +16,8 @@ build:  ## everything, dev profile
 run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 leaves after the first two requests
 	@examples/quickstart/run.sh
 
-wasm:  ## filter.wasm, as proxy-host carries it: target/wasm32-wasip1/wasm/portolan_filter.wasm
-	cargo build --locked -p portolan-filter --profile wasm --target wasm32-wasip1
+wasm:  ## filter.wasm, as proxy-host carries it: target/filter/wasm32-wasip1/wasm/portolan_filter.wasm
+	cargo build --locked -p portolan-filter --lib --profile wasm --target wasm32-wasip1 --target-dir target/filter
 
 test: lint check-wasm test-unit conformance fuzz-smoke  ## all of these
 	@echo "make test: all passed"

@@ -2,13 +2,13 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use portolan_registry::name::{HostPattern, normalise};
+use portolan_registry::name::{Buffer, HostPattern, normalise};
 
 fuzz_target!(|data: &[u8]| {
-    let mut name = Vec::new();
+    let mut name = Buffer::default();
     let taken = normalise(data, &mut name);
-    assert_eq!(taken.is_err(), name.is_empty());
-    assert!(!name.iter().any(u8::is_ascii_uppercase));
+    assert_eq!(taken.is_err(), name.as_str().is_empty());
+    assert!(!name.as_str().bytes().any(|b| b.is_ascii_uppercase()));
 
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Ok(pattern) = text.parse::<HostPattern>() else { return };
