@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod authority;
+mod blocks;
 pub mod decision;
 mod encode;
 mod hash;

@@ -60,12 +60,12 @@ impl Snapshot {
             };
         }
         let Some(listener) = self.port(port) else { return self.unknown_connection() };
-        let mut buffer = Vec::new();
+        let mut buffer = name::Buffer::default();
         let sni = match query.sni.unwrap_or_default() {
             // A trailing dot is no part of a server name, and Envoy knows none that has one.
             [] | [.., b'.'] => None,
             sni => match name::normalise(sni, &mut buffer) {
-                Ok(()) => std::str::from_utf8(&buffer).ok(),
+                Ok(()) => Some(buffer.as_str()),
                 Err(_) => return deny(400, Rule::BadName),
             },
         };
@@ -76,8 +76,11 @@ impl Snapshot {
             if let Some(choice) = prefix.prefix_tcp() {
                 return route(Rule::Prefix, port, "", &choice);
             }
-        } else if let Some((exact, pattern, choice)) = sni.and_then(|name| self.host(name, port, Use::Sni)) {
-            return route(if exact { Rule::SniExact } else { Rule::SniWildcard }, port, &pattern, &choice);
+        } else if let Some((suffix, choice)) = sni.and_then(|name| self.host(name, port, Use::Sni)) {
+            return match suffix {
+                None => route(Rule::SniExact, port, sni.unwrap_or_default(), &choice),
+                Some(suffix) => route_suffix(Rule::SniWildcard, port, suffix, &choice),
+            };
         }
         match &listener.tcp {
             Some(tcp) => route(Rule::Port, port, "", tcp),
@@ -88,7 +91,7 @@ impl Snapshot {
     /// Decides an HTTP request.
     pub fn request(&self, query: &Request<'_>) -> Decision<'_> {
         let (host, asked_port) = authority::split(query.authority);
-        let mut buffer = Vec::new();
+        let mut buffer = name::Buffer::default();
         let (port, wanted) = match query.listener {
             Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), Use::Proxy),
             Listener::Captured(destination) => {
@@ -101,12 +104,12 @@ impl Snapshot {
             }
         };
         let name = match name::normalise(host, &mut buffer) {
-            Ok(()) => std::str::from_utf8(&buffer).unwrap_or_default(),
+            Ok(()) => buffer.as_str(),
             Err(_) => return deny(400, Rule::BadName),
         };
         match self.host(name, port, wanted) {
-            Some((true, pattern, choice)) => route(Rule::HostExact, port, &pattern, &choice),
-            Some((false, pattern, choice)) => route(Rule::HostWildcard, port, &pattern, &choice),
+            Some((None, choice)) => route(Rule::HostExact, port, name, &choice),
+            Some((Some(suffix), choice)) => route_suffix(Rule::HostWildcard, port, suffix, &choice),
             None => self.unknown_request(query.listener),
         }
     }
@@ -149,25 +152,24 @@ impl Snapshot {
         })
     }
 
-    /// The most specific pattern that means something on this port: (exact, pattern, choice).
-    fn host(&self, name: &str, port: u16, wanted: Use) -> Option<(bool, String, ChoiceRef<'_>)> {
+    /// The most specific pattern that means something on this port: what its star stands before, if it has one.
+    fn host<'n>(&self, name: &'n str, port: u16, wanted: Use) -> Option<(Option<&'n str>, ChoiceRef<'_>)> {
         let exact = self.find(TAG_EXACT, name.as_bytes()).and_then(Value::open);
         if let Some(choice) = exact.and_then(|v| v.host_port(port, wanted)) {
-            return Some((true, name.to_owned(), choice));
+            return Some((None, choice));
         }
         let lengths = self.find(TAG_SUFFIXES, &[])?;
         let (plain, dotted) = lengths.split_at_checked(32)?;
         // The star stands for at least one character.
         for start in 1..=name.len() {
-            let Some(suffix) = name.as_bytes().get(start..) else { continue };
-            let Ok(len) = u8::try_from(suffix.len()) else { continue };
-            let half = if suffix.first() == Some(&b'.') { dotted } else { plain };
-            if !encode::bit(half, len) {
+            let Some(suffix) = name.get(start..) else { continue };
+            let half = if suffix.starts_with('.') { dotted } else { plain };
+            if !u8::try_from(suffix.len()).is_ok_and(|len| encode::bit(half, len)) {
                 continue;
             }
-            let row = self.find(TAG_SUFFIX, suffix).and_then(Value::open);
+            let row = self.find(TAG_SUFFIX, suffix.as_bytes()).and_then(Value::open);
             if let Some(choice) = row.and_then(|v| v.host_port(port, wanted)) {
-                return Some((false, format!("*{}", String::from_utf8_lossy(suffix)), choice));
+                return Some((Some(suffix), choice));
             }
         }
         None
@@ -175,13 +177,38 @@ impl Snapshot {
 }
 
 fn route<'s>(rule: Rule, port: u16, host: &str, choice: &ChoiceRef<'s>) -> Decision<'s> {
+    route_to(rule, port, ["", host], choice)
+}
+
+fn route_suffix<'s>(rule: Rule, port: u16, suffix: &str, choice: &ChoiceRef<'s>) -> Decision<'s> {
+    route_to(rule, port, ["*", suffix], choice)
+}
+
+fn route_to<'s>(rule: Rule, port: u16, host: [&str; 2], choice: &ChoiceRef<'s>) -> Decision<'s> {
     let cluster = match choice.cluster {
         ClusterRef::Named(name) => Cow::Borrowed(name),
-        ClusterRef::Outbound => Cow::Owned(format!("outbound|{port}||{host}")),
-        ClusterRef::Forward => Cow::Owned(format!("forward|{port}||{host}")),
+        ClusterRef::Outbound => Cow::Owned(own_cluster("outbound|", port, host)),
+        ClusterRef::Forward => Cow::Owned(own_cluster("forward|", port, host)),
     };
     let reason = Reason { rule, winner: choice.winner(), losers: choice.losers() };
     Decision { verdict: Verdict::Route { cluster }, reason }
+}
+
+/// `outbound|PORT||HOST`, without the machinery of `format!`, which costs as much as the lookup.
+fn own_cluster(prefix: &str, port: u16, host: [&str; 2]) -> String {
+    let mut out = String::with_capacity(prefix.len() + 7 + host.iter().map(|h| h.len()).sum::<usize>());
+    out.push_str(prefix);
+    let mut started = false;
+    for unit in [10_000, 1_000, 100, 10, 1] {
+        let digit = port / unit % 10;
+        started |= digit != 0 || unit == 1;
+        if started {
+            out.push(char::from(b'0' + digit as u8));
+        }
+    }
+    out.push_str("||");
+    host.iter().for_each(|part| out.push_str(part));
+    out
 }
 
 fn pass<'s>(cluster: &'static str) -> Decision<'s> {

@@ -28,28 +28,53 @@ pub enum NameError {
     /// A `*` that is not the first character.
     #[error("`*` may only stand first")]
     Star,
-    /// A port number that is not 1 to 65535.
-    #[error("port is not a number from 1 to 65535")]
-    Port,
 }
 
 /// Longest name that is looked up or declared, in bytes.
 pub const MAX_NAME: usize = 255;
 
-/// Bytes that a name may hold after lower-casing: visible ASCII that is no delimiter, and UTF-8. Istio's own check is
-/// stricter; this one only keeps out what can never have been declared.
-fn is_name_byte(b: u8) -> bool {
-    !matches!(b, 0..=b' ' | 0x7f | b'/' | b'\\' | b'?' | b'#' | b'@' | b'"' | b'<' | b'>' | b'[' | b']' | b'*' | b',')
-}
+/// For each byte its lower case; 0 for bytes that no name may hold: what is not visible, delimiters, and stars. Istio's
+/// own check is stricter; this one only keeps out what can never have been declared.
+#[expect(clippy::indexing_slicing, reason = "a byte indexes 256 entries, while compiling")]
+const LOWER: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut b: u8 = 255;
+    while b > b' ' {
+        if !matches!(b, 0x7f | b'/' | b'\\' | b'?' | b'#' | b'@' | b'"' | b'<' | b'>' | b'[' | b']' | b'*' | b',') {
+            table[b as usize] = b.to_ascii_lowercase();
+        }
+        b -= 1;
+    }
+    table
+};
 
 fn is_ipv6(name: &[u8]) -> bool {
     std::str::from_utf8(name).is_ok_and(|text| text.parse::<std::net::Ipv6Addr>().is_ok())
 }
 
+/// Room for one name in normal form, on the stack.
+pub struct Buffer {
+    bytes: [u8; MAX_NAME],
+    len: usize,
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Buffer { bytes: [0; MAX_NAME], len: 0 }
+    }
+}
+
+impl Buffer {
+    /// The name; empty before [`normalise`] and after it failed.
+    pub fn as_str(&self) -> &str {
+        self.bytes.get(..self.len).and_then(|b| std::str::from_utf8(b).ok()).unwrap_or_default()
+    }
+}
+
 /// Writes the normal form of `name` to `out`: lower case, without one trailing dot, without brackets.
-/// This is the only normaliser; `out` is empty on error.
-pub fn normalise(name: &[u8], out: &mut Vec<u8>) -> Result<(), NameError> {
-    out.clear();
+/// This is the only normaliser.
+pub fn normalise(name: &[u8], out: &mut Buffer) -> Result<(), NameError> {
+    out.len = 0;
     let name = match name {
         // Brackets around anything else would let `[x.a.com]` pass for a name under `*.a.com`.
         [b'[', inner @ .., b']'] if is_ipv6(inner) => inner,
@@ -59,14 +84,18 @@ pub fn normalise(name: &[u8], out: &mut Vec<u8>) -> Result<(), NameError> {
     if name.is_empty() {
         return Err(NameError::Empty);
     }
-    if name.len() > MAX_NAME {
-        return Err(NameError::TooLong { got: name.len() });
+    let room = out.bytes.get_mut(..name.len()).ok_or(NameError::TooLong { got: name.len() })?;
+    for (at, (to, from)) in room.iter_mut().zip(name).enumerate() {
+        *to = LOWER.get(usize::from(*from)).copied().unwrap_or_default();
+        if *to == 0 {
+            return Err(NameError::BadByte { byte: *from, at });
+        }
     }
-    if let Some(at) = name.iter().position(|b| !is_name_byte(*b)) {
-        let byte = name.get(at).copied().unwrap_or_default();
-        return Err(NameError::BadByte { byte, at });
+    if let Err(error) = std::str::from_utf8(room) {
+        let at = error.valid_up_to();
+        return Err(NameError::BadByte { byte: name.get(at).copied().unwrap_or_default(), at });
     }
-    out.extend(name.iter().map(u8::to_ascii_lowercase));
+    out.len = name.len();
     Ok(())
 }
 
@@ -85,9 +114,9 @@ impl FromStr for Host {
     type Err = NameError;
 
     fn from_str(s: &str) -> Result<Self, NameError> {
-        let mut out = Vec::with_capacity(s.len());
+        let mut out = Buffer::default();
         normalise(s.as_bytes(), &mut out)?;
-        String::from_utf8(out).map(Host).map_err(|_| NameError::Empty)
+        Ok(Host(out.as_str().to_owned()))
     }
 }
 

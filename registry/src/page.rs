@@ -25,7 +25,7 @@ pub const PAGE_LIMIT: usize = 1024;
 /// Largest page, in bytes: offsets have 16 bits.
 pub const PAGE_MAX: usize = 65_535;
 /// Deepest page; below it a page may exceed [`PAGE_LIMIT`].
-pub const MAX_DEPTH: u32 = 26;
+pub const MAX_DEPTH: u32 = 23;
 
 const MAGIC: [u8; 4] = *b"PTLN";
 const HEADER: usize = 16;
@@ -143,6 +143,11 @@ pub(crate) fn write(rows: &[Packed]) -> Vec<u8> {
         place.copy_from_slice(&sum);
     }
     out
+}
+
+/// The digest that the header of a checked page states.
+pub(crate) fn stated(page: &[u8]) -> u64 {
+    page.get(8..16).and_then(|b| b.first_chunk::<8>()).map_or(0, |b| u64::from_le_bytes(*b))
 }
 
 /// The checksum of a page, which also names its contents.

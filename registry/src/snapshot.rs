@@ -3,6 +3,7 @@
 //! An update is staged page by page and takes effect as a whole or not at all. Its cost follows the pages that changed,
 //! so a worker is never held up by the size of the registry.
 
+use crate::blocks::Blocks;
 use crate::hash;
 use crate::page;
 
@@ -10,25 +11,25 @@ pub use crate::page::{FORMAT, FormatError};
 
 const NONE: u32 = u32::MAX;
 
+/// A page on its way in.
 #[derive(Debug)]
-struct Held {
+struct Staged {
     id: u32,
     digest: u64,
-    bytes: Box<[u8]>,
+    bytes: Vec<u8>,
 }
 
 /// Pages of one snapshot and the table over them.
 #[derive(Debug, Default)]
 struct Pages {
-    held: Vec<Option<Held>>,
-    free: Vec<u32>,
-    /// For each value of the first `depth` bits of a hash: which of `held`.
+    blocks: Blocks,
+    /// For each value of the first `depth` bits of a hash: where in `blocks`.
     table: Vec<u32>,
     depth: u32,
     /// Entries of `table` that lead nowhere.
     gaps: usize,
     digest: u64,
-    bytes: usize,
+    count: usize,
 }
 
 impl Pages {
@@ -52,52 +53,54 @@ impl Pages {
         }
     }
 
-    fn remove(&mut self, id: u32) -> Option<Held> {
+    fn remove(&mut self, id: u32) -> Option<Staged> {
         if id == 0 || self.table.is_empty() || id.ilog2() > self.depth {
             return None;
         }
         let range = self.range(id);
         let at = *self.table.get(range.start)?;
-        let place = self.held.get_mut(at as usize)?;
-        if place.as_ref()?.id != id {
+        if self.blocks.id(at)? != id {
             return None;
         }
-        let held = place.take()?;
-        self.free.push(at);
+        let bytes = self.blocks.page(at)?.to_vec();
+        self.blocks.free(at);
         let entries = self.table.get_mut(range)?;
         self.gaps += entries.len();
         entries.fill(NONE);
-        self.digest = self.digest.wrapping_sub(hash::contribution(id, held.digest));
-        self.bytes -= held.bytes.len();
-        Some(held)
+        let digest = page::stated(&bytes);
+        self.digest = self.digest.wrapping_sub(hash::contribution(id, digest));
+        self.count -= 1;
+        Some(Staged { id, digest, bytes })
     }
 
-    fn insert(&mut self, held: Held) -> Result<(), FormatError> {
-        let id = held.id;
+    fn insert(&mut self, staged: &Staged) -> Result<(), FormatError> {
+        let id = staged.id;
         self.deepen(id.ilog2());
         let range = self.range(id);
-        let at = self.free.last().copied().unwrap_or(self.held.len() as u32);
         let entries = self.table.get_mut(range).ok_or(FormatError::Cover { id })?;
         if entries.iter().any(|e| *e != NONE) {
             return Err(FormatError::Cover { id });
         }
-        entries.fill(at);
+        entries.fill(self.blocks.put(id, &staged.bytes));
         self.gaps -= entries.len();
-        self.digest = self.digest.wrapping_add(hash::contribution(id, held.digest));
-        self.bytes += held.bytes.len();
-        if self.free.pop().is_none() {
-            self.held.push(None);
-        }
-        if let Some(place) = self.held.get_mut(at as usize) {
-            *place = Some(held);
-        }
+        self.digest = self.digest.wrapping_add(hash::contribution(id, staged.digest));
+        self.count += 1;
         Ok(())
     }
 
     fn page(&self, hash: u64) -> Option<&[u8]> {
         let entry = hash.checked_shr(64 - self.depth).unwrap_or(0) as usize;
-        let at = *self.table.get(entry)?;
-        self.held.get(at as usize)?.as_ref().map(|h| &*h.bytes)
+        self.blocks.page(*self.table.get(entry)?)
+    }
+
+    /// Where each page is, by id's place in the trie.
+    fn places(&self) -> impl Iterator<Item = u32> {
+        let mut last = NONE;
+        self.table.iter().copied().filter(move |at| {
+            let new = *at != last && *at != NONE;
+            last = *at;
+            new
+        })
     }
 
     fn complete(&self, expected: u64) -> Result<(), FormatError> {
@@ -118,11 +121,11 @@ pub struct Snapshot {
     live: Pages,
     /// A whole new snapshot, built up beside the live one.
     fresh: Option<Pages>,
-    staged: Vec<Held>,
+    staged: Vec<Staged>,
     dropped: Vec<u32>,
     broken: Option<FormatError>,
-    /// Pages no longer needed, to be freed a few at a time.
-    retired: Vec<Option<Held>>,
+    /// A snapshot no longer needed, to be freed a piece at a time.
+    retired: Blocks,
 }
 
 impl Snapshot {
@@ -149,11 +152,11 @@ impl Snapshot {
     /// update cannot be committed.
     pub fn stage(&mut self, id: u32, bytes: Vec<u8>) -> Result<(), FormatError> {
         let staged = page::check(id, &bytes).and_then(|digest| {
-            let held = Held { id, digest, bytes: bytes.into_boxed_slice() };
+            let staged = Staged { id, digest, bytes };
             match &mut self.fresh {
-                Some(pages) => pages.insert(held),
+                Some(pages) => pages.insert(&staged),
                 None => {
-                    self.staged.push(held);
+                    self.staged.push(staged);
                     Ok(())
                 }
             }
@@ -179,7 +182,7 @@ impl Snapshot {
             None => match self.fresh.take() {
                 Some(pages) => pages.complete(digest).map(|()| {
                     let old = std::mem::replace(&mut self.live, pages);
-                    self.retired.extend(old.held);
+                    self.retired = old.blocks;
                 }),
                 None => self.patch(digest),
             },
@@ -190,51 +193,37 @@ impl Snapshot {
 
     fn patch(&mut self, digest: u64) -> Result<(), FormatError> {
         let added = std::mem::take(&mut self.staged);
-        let ids: Vec<u32> = added.iter().map(|h| h.id).collect();
-        let leaving = self.dropped.iter().chain(&ids);
-        let mut removed: Vec<Held> = Vec::new();
-        for id in leaving {
-            removed.extend(self.live.remove(*id));
-        }
-        let mut result = Ok(());
-        let mut inserted = Vec::with_capacity(ids.len());
-        for held in added {
-            let id = held.id;
-            result = self.live.insert(held);
-            if result.is_err() {
-                break;
-            }
-            inserted.push(id);
-        }
-        result = result.and_then(|()| self.live.complete(digest));
+        let leaving = self.dropped.iter().copied().chain(added.iter().map(|s| s.id));
+        let removed: Vec<Staged> = leaving.filter_map(|id| self.live.remove(id)).collect();
+        let mut inserted = 0;
+        let result = added.iter().try_for_each(|staged| {
+            self.live.insert(staged)?;
+            inserted += 1;
+            Ok(())
+        });
+        let result = result.and_then(|()| self.live.complete(digest));
         if result.is_err() {
-            for id in inserted {
-                self.live.remove(id);
+            for staged in added.iter().take(inserted) {
+                self.live.remove(staged.id);
             }
-            for held in removed {
-                self.live.insert(held)?;
-            }
-            return result;
+            removed.iter().try_for_each(|staged| self.live.insert(staged))?;
         }
-        self.retired.extend(removed.into_iter().map(Some));
-        Ok(())
+        result
     }
 
-    /// Frees at most `n` pages that earlier updates replaced. True: there are more.
+    /// Frees at most `n` pieces (of 256 KiB) of a snapshot that was replaced. True: there are more.
     pub fn retire_some(&mut self, n: usize) -> bool {
-        self.retired.truncate(self.retired.len().saturating_sub(n));
-        if self.retired.is_empty() {
-            self.retired.shrink_to_fit();
-        }
-        !self.retired.is_empty()
+        self.retired.shrink(n)
     }
 
     /// The pages held, for a subscription to resume with: 12 bytes each, id then digest, little endian.
     pub fn held(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        for held in self.live.held.iter().flatten() {
-            out.extend_from_slice(&held.id.to_le_bytes());
-            out.extend_from_slice(&held.digest.to_le_bytes());
+        let mut out = Vec::with_capacity(self.live.count * 12);
+        for at in self.live.places() {
+            if let (Some(id), Some(page)) = (self.live.blocks.id(at), self.live.blocks.page(at)) {
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&page::stated(page).to_le_bytes());
+            }
         }
         out
     }
@@ -249,9 +238,9 @@ impl Snapshot {
         self.live.digest
     }
 
-    /// Bytes of the pages in effect, and of the table over them.
+    /// Bytes that the pages in effect take, and the table over them.
     pub fn bytes(&self) -> usize {
-        self.live.bytes + self.live.table.len() * 4 + self.live.held.len() * size_of::<Option<Held>>()
+        self.live.blocks.used() + self.live.table.len() * 4
     }
 
     pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<&[u8]> {

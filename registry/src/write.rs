@@ -13,6 +13,9 @@ pub use crate::page::digest as page_digest;
 /// Id of a page: its place in the trie, counted as in a heap.
 pub type PageId = u32;
 
+/// New values by hash, tag and key; `None` removes.
+type Changes = BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>;
+
 /// What a [`Writer::commit`] did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Commit {
@@ -26,8 +29,8 @@ pub struct Commit {
 #[derive(Debug, Clone)]
 pub struct Writer {
     pages: BTreeMap<PageId, Arc<[u8]>>,
-    /// Rows that wait for [`Writer::commit`], by hash and (tag, key); `None` removes.
-    pending: BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>,
+    /// Rows that wait for [`Writer::commit`].
+    pending: Changes,
     /// How many wildcards there are of each length, with and without a leading dot.
     suffixes: [BTreeMap<u8, u32>; 2],
     digest: u64,
@@ -124,7 +127,7 @@ impl Writer {
     }
 
     /// Every wildcard's length is kept in one row, so that a lookup asks only for lengths that exist.
-    fn count_suffixes(&mut self, pending: &BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>) {
+    fn count_suffixes(&mut self, pending: &Changes) {
         for ((hash, tag, key), value) in pending.iter().filter(|((_, tag, _), _)| *tag == TAG_SUFFIX) {
             let had = self.pages.get(&self.leaf(*hash)).is_some_and(|p| page::find(p, *hash, *tag, key).is_some());
             let dotted = usize::from(key.first() == Some(&b'.'));
@@ -149,7 +152,7 @@ impl Writer {
     fn rewrite(
         &mut self,
         id: PageId,
-        changes: BTreeMap<(u64, u8, Vec<u8>), Option<Vec<u8>>>,
+        changes: Changes,
         touched: &mut BTreeMap<PageId, Arc<[u8]>>,
     ) {
         let old = self.take(id, touched);
@@ -183,6 +186,9 @@ impl Writer {
         let depth = id.ilog2();
         if page::size(rows) <= PAGE_LIMIT || rows.len() <= 1 || depth >= MAX_DEPTH {
             touched.entry(id).or_insert_with(|| Arc::from([]));
+            // Only names made to collide fill a page of the last depth; what is left out is not known, hence denied.
+            let fitting = (1..=rows.len()).rev().find(|n| rows.get(..*n).is_some_and(|r| page::size(r) <= PAGE_MAX));
+            let rows = rows.get(..fitting.unwrap_or(0)).unwrap_or_default();
             self.pages.insert(id, page::write(rows).into());
             return;
         }

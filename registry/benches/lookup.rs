@@ -1,0 +1,95 @@
+//! Native lookups: hit, miss and wildcard at several sizes, and the bytes that a host costs. Each answer is checked before
+//! it is timed. CPU time, not wall time: the machines are shared.
+
+use std::hint::black_box;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use cpu_time::ProcessTime;
+use portolan_registry::decision::Rule;
+use portolan_registry::lookup::{Listener, Request};
+use portolan_registry::row::{Choice, Globals, HostPort, Origin, OriginKind, Row};
+use portolan_registry::snapshot::Snapshot;
+use portolan_registry::write::Writer;
+
+const PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 18, 5, 5)), 80);
+
+fn row(pattern: &str, name: &str) -> Row {
+    let port = |port: u16| {
+        let choice = Choice {
+            cluster: format!("outbound|{port}||{pattern}"),
+            winner: Origin { namespace: "default".into(), name: name.into(), kind: OriginKind::ServiceEntry },
+            losers: vec![],
+        };
+        let (http, sni) = if port == 80 { (Some(choice.clone()), None) } else { (None, Some(choice.clone())) };
+        HostPort { port, http, sni, proxy: Some(choice) }
+    };
+    Row::Host { pattern: pattern.parse().expect("a pattern"), ports: vec![port(80), port(443)] }
+}
+
+fn pattern(i: usize) -> String {
+    if i % 10 == 9 { format!("*.w{i}.example.com") } else { format!("host-{i}.example.com") }
+}
+
+fn build(n: usize) -> (Snapshot, usize) {
+    let mut writer = Writer::new();
+    let mut names = 0;
+    for i in 0..n {
+        let pattern = pattern(i);
+        names += pattern.len();
+        writer.put(&row(&pattern, &format!("entry-{i}"))).expect("the row fits");
+    }
+    writer.put(&Row::Globals(Globals::default())).expect("the row fits");
+    writer.put(&Row::Port { port: 80, http: true, tcp: None, prefixes: vec![] }).expect("the row fits");
+    writer.commit();
+    let mut snapshot = Snapshot::new();
+    snapshot.reset();
+    for (id, page) in writer.pages() {
+        snapshot.stage(id, page.to_vec()).expect("a good page");
+    }
+    snapshot.commit(writer.digest()).expect("a whole snapshot");
+    (snapshot, names)
+}
+
+fn measure(snapshot: &Snapshot, names: &[String], rule: Rule) -> f64 {
+    let request =
+        |name: &String| snapshot.request(&Request { listener: Listener::Captured(PORT), authority: name.as_bytes(), connect: false }).reason.rule;
+    for name in names {
+        assert_eq!(request(name), rule, "{name}");
+    }
+    let rounds = 2_000_000 / names.len();
+    let start = ProcessTime::now();
+    for _ in 0..rounds {
+        for name in names {
+            black_box(request(black_box(name)));
+        }
+    }
+    start.elapsed().as_nanos() as f64 / (rounds * names.len()) as f64
+}
+
+fn main() {
+    println!("{:>9} {:>8} {:>8} {:>8} {:>12}", "hosts", "hit ns", "wild ns", "miss ns", "bytes/host");
+    for n in [1, 100, 10_000, 1_000_000] {
+        let (snapshot, names) = build(n);
+        // Spread over all of it, in an order that caches cannot foresee.
+        let sample = |kind: usize| -> Vec<usize> {
+            let mut x = 88_172_645_463_325_252u64;
+            (0..20_000)
+                .map(|_| {
+                    x ^= x << 13;
+                    x ^= x >> 7;
+                    x ^= x << 17;
+                    (x % n.max(10) as u64) as usize / 10 * 10 + kind
+                })
+                .filter(|i| *i < n)
+                .collect()
+        };
+        let hits: Vec<String> = sample(0).into_iter().map(pattern).collect();
+        let wild: Vec<String> = sample(9).into_iter().map(|i| format!("api.w{i}.example.com")).collect();
+        let misses: Vec<String> = (0..20_000).map(|i| format!("nobody-{i}.example.org")).collect();
+        let hit = measure(&snapshot, &hits, Rule::HostExact);
+        let wildcard = if wild.is_empty() { f64::NAN } else { measure(&snapshot, &wild, Rule::HostWildcard) };
+        let miss = measure(&snapshot, &misses, Rule::Blocked);
+        let bytes = (snapshot.bytes() - names) as f64 / n as f64;
+        println!("{n:>9} {hit:>8.0} {wildcard:>8.0} {miss:>8.0} {bytes:>12.1}");
+    }
+}
