@@ -15,7 +15,7 @@ if ! command -v c++ >/dev/null; then
     exit 0
 fi
 cargo build --target "$host"
-export out=target/$host/debug seconds
+export out=target/$host/debug seconds RUST_BACKTRACE=0
 # New inputs are kept under target/, so that a run leaves the tree as it was.
 one() {
     mkdir -p "target/corpus/$1" artifacts

@@ -3,16 +3,19 @@
 
 use libfuzzer_sys::fuzz_target;
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "only the reading of bytes is wanted of it")]
+#[path = "../../proxy-host/src/listener/plan.rs"]
+mod plan;
+#[path = "../../proxy-host/src/listener/sniff.rs"]
+mod sniff;
+
+/// Where `sniff` looks for the plan.
 mod listener {
-    #[path = "../../../proxy-host/src/listener/plan.rs"]
-    pub mod plan;
-    #[path = "../../../proxy-host/src/listener/sniff.rs"]
-    pub mod sniff;
+    pub(crate) use crate::plan;
 }
 
-use listener::plan::Inspection;
-use listener::sniff::{LIMIT, Sniffed, sniff};
+use plan::Inspection;
+use sniff::{LIMIT, Sniffed, sniff};
 
 fuzz_target!(|data: &[u8]| {
     for (tls, http) in [(true, true), (true, false), (false, true), (false, false)] {
