@@ -1,3 +1,22 @@
-//! A small proxy that runs `filter.wasm` and does what it decides.
+//! proxy-host: a small proxy that runs the Portolan filter in wasmtime, and carries traffic where it says.
+//!
+//! A request or connection comes in by a [`listener`], is shown to the [`filter`] by way of the proxy-wasm ABI
+//! ([`vm`]), and goes out to a cluster of [`upstream`]. Like Envoy, nothing here knows why the filter chose it.
 
+pub mod access_log;
+pub mod ads;
+pub mod app;
+pub mod body;
+pub mod config;
+pub mod control;
+pub mod controller;
+pub mod dns;
+pub mod exec;
+pub mod filter;
+pub mod filter_env;
+pub mod headers;
+pub mod listener;
+pub mod router;
+pub mod upstream;
 pub mod vm;
+pub mod worker;

@@ -1,0 +1,445 @@
+//! The threads of a proxy, their start and their end.
+//!
+//! | thread | does |
+//! |---|---|
+//! | main | waits for signals |
+//! | `control` | controller (embedded or remote), discovery, DNS of clusters |
+//! | `worker-N` | accepts, asks the filter, carries traffic; owns all that it touches |
+//! | `access-log` | writes lines |
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    rc::Rc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use socket2::Socket;
+use tokio::{
+    runtime::{Builder, Runtime},
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::LocalSet,
+};
+use tonic::transport::Channel;
+
+use crate::{
+    access_log::AccessLog,
+    ads,
+    config::{Config, Identity, Role, Source},
+    control, exec,
+    filter::{Filter, HTTP_ROOT, TCP_ROOT},
+    filter_env::Calls,
+    listener::{self, Kind},
+    vm::{self, EngineError, PluginConfig, PluginKind, StartError, VmConfig},
+    worker::Worker,
+};
+
+/// How long workers wait for their first snapshot before they listen without one (the filter then answers 503).
+const FIRST_SNAPSHOT: Duration = Duration::from_secs(3);
+
+/// Why a proxy does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// Nothing to listen on.
+    #[error("nothing to listen on: give --transparent, --http-proxy, or a mesh file with proxyHttpPort")]
+    NoListener,
+    /// A file that cannot be read.
+    #[error("{path}: {error}; check the path and its permissions", path = .path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's error.
+        error: io::Error,
+    },
+    /// The configuration as a whole cannot be used.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// An address that cannot be listened on.
+    #[error("cannot listen on {address}: {error}; is another process using it, or is the port below 1024?")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The system's error.
+        error: io::Error,
+    },
+    /// The address of the controller is none.
+    #[error("--controller {0:?} is not an address; write http://HOST:PORT")]
+    Controller(String),
+    /// The filter does not load.
+    #[error("filter: {0}")]
+    Engine(#[from] EngineError),
+    /// The filter does not start.
+    #[error("filter: {0}")]
+    Filter(#[from] StartError),
+    /// No threads, no runtime, no signals.
+    #[error("{0}")]
+    System(#[from] io::Error),
+    /// A thread ended before it should.
+    #[error("thread {0} ended; its log says why")]
+    Thread(String),
+}
+
+impl AppError {
+    /// Exit status: 2 where arguments or files are at fault, 1 otherwise.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoListener | Self::File { .. } | Self::Config(_) | Self::Controller(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+enum Report {
+    Listening,
+    Ready,
+    Failed(AppError),
+}
+
+/// A proxy that runs in this process.
+pub struct App {
+    /// Where the transparent listener is.
+    pub transparent: Option<SocketAddr>,
+    /// Where the HTTP proxy listeners are.
+    pub http_proxies: Vec<SocketAddr>,
+    stop: watch::Sender<bool>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    workers: Vec<JoinHandle<()>>,
+    waiting: usize,
+}
+
+/// Runs a proxy until SIGTERM or SIGINT.
+///
+/// # Errors
+/// It does not start, or a thread of it ends.
+pub fn run(config: Config, log: AccessLog) -> Result<(), AppError> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let begun = Instant::now();
+    let (mut term, mut int) = {
+        let _in = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    let mut app = App::start(config, log)?;
+    let said = runtime.block_on(async {
+        loop {
+            tokio::select! {
+                ready = app.ready() => {
+                    ready?;
+                    eprintln!("proxy-host: ready after {} ms: {}", begun.elapsed().as_millis(), app.describe());
+                    break;
+                }
+                _ = term.recv() => return Ok(true),
+                _ = int.recv() => return Ok(true),
+            }
+        }
+        tokio::select! {
+            error = app.failed() => Err(error),
+            _ = term.recv() => Ok(true),
+            _ = int.recv() => Ok(true),
+        }
+    });
+    app.stop();
+    said.map(|_: bool| ())
+}
+
+impl App {
+    /// Starts the threads; returns when all workers listen.
+    ///
+    /// # Errors
+    /// Something of the settings cannot be used.
+    pub fn start(config: Config, log: AccessLog) -> Result<Self, AppError> {
+        if let Source::Files { paths, mesh } = &config.source {
+            for path in paths.iter().chain(mesh) {
+                readable(path).map_err(|error| AppError::File { path: path.clone(), error })?;
+            }
+        }
+        let mut sockets = Sockets::default();
+        if let Some(address) = config.transparent {
+            sockets.add(Kind::Transparent, address, config.threads)?;
+        }
+        for address in &config.http_proxies {
+            sockets.add(Kind::HttpProxy, *address, config.threads)?;
+        }
+        let (needs, asked) = mpsc::unbounded_channel();
+        let (to_workers, from_control): (Vec<_>, Vec<_>) =
+            (0..config.threads).map(|_| mpsc::unbounded_channel()).unzip();
+        let (stop, stopped) = watch::channel(false);
+        let (channel, port) = start_control(config.clone(), asked, to_workers)?;
+        if let Some(port) = port
+            && !sockets.addresses(Kind::HttpProxy).iter().any(|a| a.port() == port)
+        {
+            sockets.add(Kind::HttpProxy, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), config.threads)?;
+        }
+        if sockets.bound.is_empty() {
+            return Err(AppError::NoListener);
+        }
+        let (transparent, http_proxies) =
+            (sockets.addresses(Kind::Transparent).first().copied(), sockets.addresses(Kind::HttpProxy));
+        let engine = vm::embedded::filter()?;
+        let (report, reports) = mpsc::unbounded_channel();
+        let mut workers = Vec::new();
+        let plugins = plugins(&config.identity);
+        for (index, (messages, sockets)) in from_control.into_iter().zip(sockets.by_worker(config.threads)).enumerate()
+        {
+            let start = Start {
+                index,
+                config: config.clone(),
+                engine: engine.clone(),
+                vm: VmConfig { vm_id: "portolan".into(), plugins: plugins.clone(), ..VmConfig::default() },
+                channel: channel.clone(),
+                log: log.clone(),
+                needs: needs.clone(),
+                stop: stopped.clone(),
+                report: report.clone(),
+            };
+            let name = format!("worker-{index}");
+            workers.push(thread::Builder::new().name(name).spawn(move || work(start, messages, sockets))?);
+        }
+        let waiting = workers.len();
+        let mut app = Self { transparent, http_proxies, stop, reports, workers, waiting };
+        let mut listening = 0;
+        while listening < app.workers.len() {
+            match app.reports.blocking_recv() {
+                Some(Report::Listening) => listening += 1,
+                Some(Report::Ready) => app.waiting -= 1,
+                Some(Report::Failed(error)) => return Err(error),
+                None => return Err(AppError::Thread("worker".into())),
+            }
+        }
+        Ok(app)
+    }
+
+    /// Waits until the filter of each worker has its snapshot.
+    ///
+    /// # Errors
+    /// A worker ended.
+    pub async fn ready(&mut self) -> Result<(), AppError> {
+        while self.waiting > 0 {
+            match self.reports.recv().await {
+                Some(Report::Ready) => self.waiting -= 1,
+                Some(Report::Listening) => {}
+                Some(Report::Failed(error)) => return Err(error),
+                None => return Err(AppError::Thread("worker".into())),
+            }
+        }
+        Ok(())
+    }
+
+    async fn failed(&mut self) -> AppError {
+        loop {
+            match self.reports.recv().await {
+                Some(Report::Failed(error)) => return error,
+                Some(_) => {}
+                None => return AppError::Thread("worker".into()),
+            }
+        }
+    }
+
+    fn describe(&self) -> String {
+        let transparent = self.transparent.map(|a| format!("transparent on {a}"));
+        let proxies = self.http_proxies.iter().map(|a| format!("HTTP proxy on {a}"));
+        let listeners: Vec<_> = transparent.into_iter().chain(proxies).collect();
+        format!("{}, {} worker threads", listeners.join(", "), self.workers.len())
+    }
+
+    /// Stops accepting, lets connections end for a moment, and ends the threads.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.stop.send_replace(true);
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has said so.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn readable(path: &PathBuf) -> io::Result<()> {
+    if fs::metadata(path)?.is_dir() { fs::read_dir(path).map(|_| ()) } else { fs::File::open(path).map(|_| ()) }
+}
+
+/// Sockets bound to the same addresses, one of each for each worker.
+#[derive(Default)]
+struct Sockets {
+    bound: Vec<(Kind, SocketAddr, Vec<Socket>)>,
+}
+
+impl Sockets {
+    fn add(&mut self, kind: Kind, address: SocketAddr, workers: usize) -> Result<(), AppError> {
+        let failed = |error| AppError::Bind { address, error };
+        let first = listener::bind(address).map_err(failed)?;
+        // Port 0 becomes a real one with the first socket.
+        let own = first.local_addr().map_err(failed)?.as_socket().unwrap_or(address);
+        let mut sockets = vec![first];
+        for _ in 1..workers {
+            sockets.push(listener::bind(own).map_err(failed)?);
+        }
+        self.bound.push((kind, own, sockets));
+        Ok(())
+    }
+
+    fn addresses(&self, kind: Kind) -> Vec<SocketAddr> {
+        self.bound.iter().filter(|bound| bound.0 == kind).map(|bound| bound.1).collect()
+    }
+
+    fn by_worker(self, workers: usize) -> Vec<Vec<(Kind, Socket)>> {
+        let mut out: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+        for (kind, _, sockets) in self.bound {
+            for (worker, socket) in out.iter_mut().zip(sockets) {
+                worker.push((kind, socket));
+            }
+        }
+        out
+    }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build()
+}
+
+/// Starts the control thread; gives the channel to the controller and the mesh's proxyHttpPort.
+fn start_control(
+    config: Config,
+    needs: mpsc::UnboundedReceiver<control::Need>,
+    workers: Vec<mpsc::UnboundedSender<control::ToWorker>>,
+) -> Result<(Channel, Option<u16>), AppError> {
+    let (started, start) = std::sync::mpsc::sync_channel(1);
+    thread::Builder::new().name("control".into()).spawn(move || {
+        let runtime = match runtime() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                // The receiver waits for exactly this.
+                let _ = started.send(Err(AppError::System(error)));
+                return;
+            }
+        };
+        LocalSet::new().block_on(&runtime, async move {
+            let controller = match crate::controller::connect(&config.source).await {
+                Ok(controller) => controller,
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    return;
+                }
+            };
+            let channel = controller.channel.clone();
+            let _ = started.send(Ok((channel.clone(), controller.proxy_http_port)));
+            let (wanted, names) = mpsc::unbounded_channel();
+            let (update, updates) = mpsc::unbounded_channel();
+            exec::spawn(ads::run(channel, config.identity, names, update));
+            control::run(needs, updates, wanted, workers).await;
+            drop(controller);
+        });
+    })?;
+    start.recv().map_err(|_| AppError::Thread("control".into()))?
+}
+
+/// The filter's two plugins; their configuration says who the workload is.
+fn plugins(identity: &Identity) -> Vec<PluginConfig> {
+    let role = match identity.role {
+        Role::Sidecar => "sidecar",
+        Role::Gateway => "gateway",
+    };
+    let mut configuration = serde_json::json!({
+        "namespace": identity.namespace,
+        "labels": identity.labels,
+        "role": role,
+        "ips": identity.ips,
+        "subscriber": ads::node(identity).id,
+    });
+    if !identity.locality.is_empty() {
+        configuration["locality"] = identity.locality.clone().into();
+    }
+    let configuration = Bytes::from(configuration.to_string());
+    let plugin = |root_id: &str, kind| PluginConfig {
+        name: root_id.into(),
+        root_id: root_id.into(),
+        configuration: configuration.clone(),
+        kind,
+    };
+    vec![plugin(HTTP_ROOT, PluginKind::Http), plugin(TCP_ROOT, PluginKind::Network)]
+}
+
+/// What a worker's thread is given.
+struct Start {
+    index: usize,
+    config: Config,
+    engine: vm::Engine,
+    vm: VmConfig,
+    channel: Channel,
+    log: AccessLog,
+    needs: mpsc::UnboundedSender<control::Need>,
+    stop: watch::Receiver<bool>,
+    report: mpsc::UnboundedSender<Report>,
+}
+
+fn work(start: Start, messages: mpsc::UnboundedReceiver<control::ToWorker>, sockets: Vec<(Kind, Socket)>) {
+    let report = start.report.clone();
+    let say = |what| {
+        // Where nobody listens any more, the process is about to end.
+        let _ = report.send(what);
+    };
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return say(Report::Failed(error.into())),
+    };
+    if let Err(error) = LocalSet::new().block_on(&runtime, serve(start, messages, sockets)) {
+        say(Report::Failed(error));
+    }
+}
+
+async fn serve(
+    start: Start,
+    messages: mpsc::UnboundedReceiver<control::ToWorker>,
+    sockets: Vec<(Kind, Socket)>,
+) -> Result<(), AppError> {
+    let Start { index, config, engine, vm, channel, log, needs, mut stop, report } = start;
+    let say = |what| {
+        // As in `work`.
+        let _ = report.send(what);
+    };
+    let (acknowledged, mut snapshot) = mpsc::unbounded_channel();
+    let filter = Filter::start(engine, vm, Rc::new(Calls::new(channel, index, acknowledged)))?;
+    let worker = Rc::new(Worker::new(index, filter, log, Rc::new(config), needs, stop.clone()));
+    let mut plans = worker.plans_changed();
+    exec::spawn(worker.clone().listen(messages));
+    let first = async {
+        let _ = snapshot.recv().await;
+        let _ = plans.changed().await;
+    };
+    let mut first = std::pin::pin!(first);
+    let early = tokio::time::timeout(FIRST_SNAPSHOT, first.as_mut()).await.is_ok();
+    for (kind, socket) in sockets {
+        let address = socket.local_addr().ok().and_then(|a| a.as_socket());
+        let address = address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+        let listener = listener::listen(socket).map_err(|error| AppError::Bind { address, error })?;
+        exec::spawn(listener::accept(worker.clone(), listener, kind));
+    }
+    say(Report::Listening);
+    if !early {
+        tracing::warn!(worker = index, "no configuration from the controller yet; requests are refused until it comes");
+        tokio::select! {
+            () = first => {}
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+    }
+    say(Report::Ready);
+    // The sender lives as long as the application.
+    let _ = stop.wait_for(|stop| *stop).await;
+    let end = Instant::now() + worker.config.drain;
+    while worker.open() > 0 && Instant::now() < end {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! The command line, and the settings it becomes.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use clap::{Parser, ValueEnum};
+use tokio::net::TcpStream;
+
+/// A small proxy that sends each connection and request where Istio's ServiceEntry resources say.
+#[derive(Debug, Clone, Parser)]
+#[command(
+    name = "proxy-host",
+    version,
+    about,
+    after_help = "Examples:
+  proxy-host --config examples/ --http-proxy 127.0.0.1:15080
+      Reads the Istio resources in examples/ and offers an HTTP proxy. Try it with
+      curl -x http://127.0.0.1:15080 http://api.example.com/
+
+  proxy-host --config mesh/ --mesh mesh.yaml --transparent 0.0.0.0:15001
+      Takes connections that iptables redirects (Istio's own rules: -j REDIRECT --to-ports 15001).
+
+  proxy-host --controller http://portolan.istio-system:15010 --namespace shop --transparent 0.0.0.0:15001
+      The same with a controller that runs elsewhere.
+
+Files may change at any time: the change is in effect a moment later, and a file that cannot be used leaves the last
+good state in force. Exit status: 0 after SIGTERM or SIGINT, 1 after a failure, 2 for arguments or files that cannot
+be used."
+)]
+pub struct Args {
+    /// File or folder of Istio resources (YAML or JSON); may be given several times
+    #[arg(long, value_name = "DIR|FILE")]
+    pub config: Vec<PathBuf>,
+    /// Istio's MeshConfig, as a YAML file
+    #[arg(long, value_name = "FILE")]
+    pub mesh: Option<PathBuf>,
+    /// Address of a controller to use instead of files, as http://HOST:PORT
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config")]
+    pub controller: Option<String>,
+    /// Listen here for connections that iptables redirected
+    #[arg(long, value_name = "IP:PORT")]
+    pub transparent: Option<SocketAddr>,
+    /// Listen here as an HTTP proxy (absolute form and CONNECT); the mesh's proxyHttpPort is served as well
+    #[arg(long, value_name = "IP:PORT")]
+    pub http_proxy: Option<SocketAddr>,
+    /// Namespace of the workload that this proxy stands for
+    #[arg(long, default_value = "default")]
+    pub namespace: String,
+    /// Labels of the workload, as key=value,...
+    #[arg(long, value_name = "K=V,...", value_delimiter = ',', value_parser = label)]
+    pub labels: Vec<(String, String)>,
+    /// Address of the workload; several with commas
+    #[arg(long, value_delimiter = ',', default_value = "127.0.0.1")]
+    pub ip: Vec<IpAddr>,
+    /// Locality of the workload, as region/zone/subzone
+    #[arg(long, value_name = "R/Z/S", default_value = "")]
+    pub locality: String,
+    /// What the proxy stands for
+    #[arg(long, value_enum, default_value_t = Role::Sidecar)]
+    pub role: Role,
+    /// Worker threads; as many as there are cores where it is not given
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Write a line to standard output for each request and connection
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set)]
+    pub access_log: bool,
+    /// Least level of what is logged to standard error: error, warn, info, debug, trace, or a tracing filter
+    #[arg(long, default_value = "info")]
+    pub log_level: String,
+}
+
+/// What a proxy stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// A workload's own proxy.
+    Sidecar,
+    /// A gateway.
+    Gateway,
+}
+
+/// Who the proxy stands for; decides which objects it sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Namespace.
+    pub namespace: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Addresses.
+    pub ips: Vec<IpAddr>,
+    /// region/zone/subzone, or empty.
+    pub locality: String,
+    /// Sidecar or gateway.
+    pub role: Role,
+}
+
+/// Where the configuration comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Files, read by a controller in this process.
+    Files {
+        /// Files and folders of Istio resources.
+        paths: Vec<PathBuf>,
+        /// MeshConfig.
+        mesh: Option<PathBuf>,
+    },
+    /// A controller elsewhere, as a URI.
+    Controller(String),
+}
+
+/// Tells where a redirected connection was meant to go.
+pub type OriginalDestination = fn(&TcpStream) -> io::Result<SocketAddr>;
+
+/// All settings of one proxy.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the configuration comes from.
+    pub source: Source,
+    /// Transparent listener.
+    pub transparent: Option<SocketAddr>,
+    /// HTTP proxy listeners.
+    pub http_proxies: Vec<SocketAddr>,
+    /// Who the proxy stands for.
+    pub identity: Identity,
+    /// Worker threads, at least 1.
+    pub threads: usize,
+    /// Time that a request waits for a cluster.
+    pub cluster_timeout: Duration,
+    /// Time that connections get to end after a signal.
+    pub drain: Duration,
+    /// How the transparent listener learns destinations; the kernel's answer unless a test says otherwise.
+    pub original_destination: OriginalDestination,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("a label is written key=value".to_owned()),
+    }
+}
+
+impl Config {
+    /// Settings for these files and everything else by default.
+    #[must_use]
+    pub fn of_files(paths: Vec<PathBuf>) -> Self {
+        Self {
+            source: Source::Files { paths, mesh: None },
+            transparent: None,
+            http_proxies: Vec::new(),
+            identity: Identity {
+                namespace: "default".into(),
+                labels: BTreeMap::new(),
+                ips: vec![Ipv4Addr::LOCALHOST.into()],
+                locality: String::new(),
+                role: Role::Sidecar,
+            },
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            cluster_timeout: Duration::from_secs(5),
+            drain: Duration::from_secs(2),
+            original_destination: crate::listener::original_destination,
+        }
+    }
+}
+
+impl From<Args> for Config {
+    fn from(args: Args) -> Self {
+        let mut config = Self::of_files(Vec::new());
+        config.source = match args.controller {
+            Some(address) if address.contains("://") => Source::Controller(address),
+            Some(address) => Source::Controller(format!("http://{address}")),
+            None => Source::Files { paths: args.config, mesh: args.mesh },
+        };
+        config.transparent = args.transparent;
+        config.http_proxies = args.http_proxy.into_iter().collect();
+        config.identity = Identity {
+            namespace: args.namespace,
+            labels: args.labels.into_iter().collect(),
+            ips: args.ip,
+            locality: args.locality,
+            role: args.role,
+        };
+        if let Some(threads) = args.threads {
+            config.threads = usize::from(threads);
+        }
+        config
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Config, clap::Error> {
+        Args::try_parse_from([&["proxy-host"], args].concat()).map(Config::from)
+    }
+
+    #[test]
+    fn arguments_become_settings() {
+        let config = parse(&["--config", "a", "--config", "b", "--labels", "app=web,v=1", "--threads", "3"]).unwrap();
+        assert_eq!(config.source, Source::Files { paths: vec!["a".into(), "b".into()], mesh: None });
+        assert_eq!(config.identity.labels["v"], "1");
+        assert_eq!(config.threads, 3);
+        assert_eq!(parse(&["--controller", "c:1"]).unwrap().source, Source::Controller("http://c:1".into()));
+    }
+
+    #[test]
+    fn the_access_log_is_on_unless_it_is_switched_off() {
+        let on =
+            |args: &[&str]| Args::try_parse_from([&["proxy-host", "--config", "a"], args].concat()).unwrap().access_log;
+        assert!(on(&[]) && on(&["--access-log"]) && !on(&["--access-log=false"]));
+    }
+
+    #[test]
+    fn bad_usage_is_refused() {
+        for args in [
+            &[][..],
+            &["--config", "a", "--controller", "b"],
+            &["--config", "a", "--labels", "x"],
+            &["--config", "a", "--threads", "0"],
+        ] {
+            assert_eq!(parse(args).unwrap_err().exit_code(), 2, "{args:?}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The filter as the data path sees it: one VM per worker, asked about each request and connection.
+//!
+//! A callback that does not return refuses what it was about, and the VM is replaced. Until the new one has its
+//! snapshot, the filter itself answers 503; nothing is ever let through unasked.
+
+use std::{
+    borrow::Cow,
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::{Rc, Weak},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    exec,
+    filter_env::{Calls, HostEnv},
+    vm::{
+        ContextId, EffectKind, Engine, HttpState, LocalResponse, Outcome, Properties, RequestHead, ResponseHead, Trap,
+        Vm, VmConfig,
+    },
+};
+
+/// Root id of the plugin for requests.
+pub const HTTP_ROOT: &str = "portolan_http";
+/// Root id of the plugin for connections.
+pub const TCP_ROOT: &str = "portolan_tcp";
+/// The filter state that names a connection's cluster.
+const TCP_CLUSTER: &str = "envoy.tcp_proxy.cluster";
+/// A VM that traps sooner after its start than this is replaced only after this time.
+const RESTART: Duration = Duration::from_secs(1);
+
+/// What is known of a client's connection.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// Unique in this process.
+    pub id: u64,
+    /// The client.
+    pub source: SocketAddr,
+    /// Where the client was going; on the HTTP proxy listener, the listener.
+    pub destination: SocketAddr,
+    /// Came by the transparent listener.
+    pub captured: bool,
+    /// Server name of its `ClientHello`.
+    pub server_name: Option<Vec<u8>>,
+}
+
+impl Properties for Connection {
+    fn get(&self, path: &[&[u8]]) -> Option<Cow<'_, [u8]>> {
+        let text = |text: String| Some(Cow::Owned(text.into_bytes()));
+        let number = |number: u64| Some(Cow::Owned(number.to_le_bytes().to_vec()));
+        match path {
+            [b"destination", b"address"] => text(self.destination.to_string()),
+            [b"destination", b"port"] => number(self.destination.port().into()),
+            [b"source", b"address"] => text(self.source.to_string()),
+            [b"source", b"port"] => number(self.source.port().into()),
+            [b"connection", b"id"] => number(self.id),
+            [b"connection", b"requested_server_name"] => self.server_name.as_deref().map(Cow::Borrowed),
+            [b"xds", b"filter_chain_name"] => {
+                Some(Cow::Borrowed(if self.captured { b"captured" } else { b"http_proxy" }))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What becomes of a request.
+pub enum HttpVerdict {
+    /// Route it by these headers.
+    Continue(RequestHead, Stream),
+    /// Answer it with this.
+    Respond(Box<LocalResponse>),
+    /// End its stream.
+    Reset,
+    /// The filter did not return, or there is none right now.
+    Failed,
+}
+
+/// What becomes of a connection.
+pub enum TcpVerdict {
+    /// It goes to the cluster of this name.
+    Cluster(String, Stream),
+    /// It is refused; what the filter said meanwhile.
+    Close(Option<String>),
+}
+
+/// A worker's filter.
+#[derive(Clone)]
+pub struct Filter(Rc<Inner>);
+
+/// A stream context of the VM, ended when it is dropped.
+pub struct Stream {
+    filter: Rc<Inner>,
+    generation: u64,
+    context: ContextId,
+    said: Option<String>,
+}
+
+impl Stream {
+    /// What the filter said when it decided, if anything.
+    #[must_use]
+    pub fn reason(&self) -> Option<String> {
+        self.said.clone()
+    }
+
+    /// Shows the filter the response's headers.
+    ///
+    /// # Errors
+    /// What to send in place of the response; `None` for a reset.
+    pub async fn response(&self, head: ResponseHead, end: bool) -> Result<ResponseHead, Option<Box<LocalResponse>>> {
+        let context = self.context;
+        let outcome = self.filter.with(Some(self.generation), |vm| {
+            if let Some(http) = vm.http(context) {
+                http.response = head;
+            }
+            vm.on_response_headers(context, end)
+        });
+        let Ok(outcome) = outcome else { return Err(None) };
+        match self.filter.settle(self.generation, context, outcome).await {
+            Some(EffectKind::Continue(_)) => {
+                let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| std::mem::take(&mut http.response)));
+                self.filter.with(Some(self.generation), take).ok().flatten().ok_or(None)
+            }
+            Some(EffectKind::Respond(response)) => Err(Some(response)),
+            Some(EffectKind::Close(_)) | None => Err(None),
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // A VM that is gone has no streams left to end.
+        let _ = self.filter.with(Some(self.generation), |vm| vm.finish(self.context));
+    }
+}
+
+/// The VM, and what is needed to start another one.
+pub struct Inner {
+    vm: RefCell<Option<Vm>>,
+    /// Number of the VM; what was meant for an earlier one is dropped.
+    generation: Cell<u64>,
+    started: Cell<Instant>,
+    traps: Cell<u64>,
+    engine: Engine,
+    config: VmConfig,
+    calls: Rc<Calls>,
+    paused: RefCell<HashMap<ContextId, oneshot::Sender<EffectKind>>>,
+}
+
+/// There is no VM, or it trapped.
+#[derive(Debug)]
+pub struct Unavailable;
+
+impl Filter {
+    /// Starts the first VM. Has to be called on the worker's thread, inside its `LocalSet`.
+    ///
+    /// # Errors
+    /// The module or its configuration cannot be used.
+    pub fn start(engine: Engine, config: VmConfig, calls: Rc<Calls>) -> Result<Self, crate::vm::StartError> {
+        let inner = Rc::new(Inner {
+            vm: RefCell::new(None),
+            generation: Cell::new(0),
+            started: Cell::new(Instant::now()),
+            traps: Cell::new(0),
+            engine,
+            config,
+            calls,
+            paused: RefCell::default(),
+        });
+        inner.restart()?;
+        Ok(Self(inner))
+    }
+
+    /// Callbacks that did not return since the start.
+    #[must_use]
+    pub fn traps(&self) -> u64 {
+        self.0.traps.get()
+    }
+
+    /// Asks about a request; `end`: it has no body.
+    pub async fn request(&self, connection: &Rc<Connection>, head: RequestHead, end: bool) -> HttpVerdict {
+        let inner = &self.0;
+        inner.calls.forget_said();
+        let generation = inner.generation.get();
+        let asked = inner.with(None, |vm| {
+            let Some(root) = vm.root(HTTP_ROOT) else { return Ok(None) };
+            let state = HttpState { request: head, ..HttpState::default() };
+            let context = vm.create_http(root, state, connection.clone())?;
+            vm.on_request_headers(context, end).map(|outcome| Some((context, outcome)))
+        });
+        let Ok(Some((context, outcome))) = asked else { return HttpVerdict::Failed };
+        let stream = Stream { filter: inner.clone(), generation, context, said: inner.calls.said() };
+        match inner.settle(generation, context, outcome).await {
+            Some(EffectKind::Continue(_)) => {
+                let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| std::mem::take(&mut http.request)));
+                match inner.with(Some(generation), take) {
+                    Ok(Some(head)) => HttpVerdict::Continue(head, stream),
+                    _ => HttpVerdict::Failed,
+                }
+            }
+            Some(EffectKind::Respond(response)) => HttpVerdict::Respond(response),
+            Some(EffectKind::Close(_)) => HttpVerdict::Reset,
+            None => HttpVerdict::Failed,
+        }
+    }
+
+    /// Asks about a connection.
+    pub async fn connection(&self, connection: &Rc<Connection>) -> TcpVerdict {
+        let inner = &self.0;
+        inner.calls.forget_said();
+        let generation = inner.generation.get();
+        let asked = inner.with(None, |vm| {
+            let Some(root) = vm.root(TCP_ROOT) else { return Ok(None) };
+            let context = vm.create_network(root, connection.clone())?;
+            vm.on_new_connection(context).map(|outcome| Some((context, outcome)))
+        });
+        let Ok(Some((context, outcome))) = asked else { return TcpVerdict::Close(Some("filter failed".into())) };
+        let said = inner.calls.said();
+        let stream = Stream { filter: inner.clone(), generation, context, said: said.clone() };
+        let Some(EffectKind::Continue(_)) = inner.settle(generation, context, outcome).await else {
+            return TcpVerdict::Close(said);
+        };
+        let cluster = |vm: &mut Vm| Ok(vm.filter_state(context).and_then(|state| state.get(TCP_CLUSTER).cloned()));
+        match inner.with(Some(generation), cluster).ok().flatten().map(|name| String::from_utf8(name.to_vec())) {
+            Some(Ok(name)) => TcpVerdict::Cluster(name, stream),
+            _ => TcpVerdict::Close(Some("the filter named no cluster".into())),
+        }
+    }
+}
+
+impl Inner {
+    /// Uses the VM, of one generation where that matters; a trap replaces it.
+    ///
+    /// # Errors
+    /// There is no such VM, or it trapped.
+    pub fn with<R>(
+        self: &Rc<Self>,
+        generation: Option<u64>,
+        use_it: impl FnOnce(&mut Vm) -> Result<R, Trap>,
+    ) -> Result<R, Unavailable> {
+        if generation.is_some_and(|generation| generation != self.generation.get()) {
+            return Err(Unavailable);
+        }
+        let mut slot = self.vm.try_borrow_mut().map_err(|_| Unavailable)?;
+        let vm = slot.as_mut().ok_or(Unavailable)?;
+        let result = use_it(vm);
+        while let Some(effect) = vm.next_effect() {
+            if let Some(waiting) = self.paused.borrow_mut().remove(&effect.context) {
+                // Whoever waited may have gone away.
+                let _ = waiting.send(effect.kind);
+            }
+        }
+        drop(slot);
+        result.map_err(|trap| {
+            self.trapped(&trap);
+            Unavailable
+        })
+    }
+
+    /// What a callback's outcome comes to, after a pause if need be; `None` where the VM is gone meanwhile.
+    async fn settle(self: &Rc<Self>, generation: u64, context: ContextId, outcome: Outcome) -> Option<EffectKind> {
+        match outcome {
+            Outcome::Continue => Some(EffectKind::Continue(crate::vm::StreamType::Request)),
+            Outcome::Respond(response) => Some(EffectKind::Respond(response)),
+            Outcome::Close(side) => Some(EffectKind::Close(side)),
+            Outcome::Pause if generation == self.generation.get() => {
+                let (sender, effect) = oneshot::channel();
+                self.paused.borrow_mut().insert(context, sender);
+                effect.await.ok()
+            }
+            Outcome::Pause => None,
+        }
+    }
+
+    fn trapped(self: &Rc<Self>, trap: &Trap) {
+        self.traps.set(self.traps.get() + 1);
+        tracing::error!("filter: {trap}; its VM is replaced");
+        self.vm.borrow_mut().take();
+        self.generation.set(self.generation.get() + 1);
+        self.paused.borrow_mut().clear();
+        self.calls.clear();
+        if self.started.get().elapsed() >= RESTART {
+            self.try_restart();
+        } else {
+            self.restart_later();
+        }
+    }
+
+    fn try_restart(self: &Rc<Self>) {
+        if let Err(error) = self.restart() {
+            tracing::error!("filter does not start: {error}");
+            self.restart_later();
+        }
+    }
+
+    fn restart_later(self: &Rc<Self>) {
+        let (weak, generation) = (Rc::downgrade(self), self.generation.get());
+        exec::spawn(async move {
+            tokio::time::sleep(RESTART).await;
+            if let Some(inner) = weak.upgrade().filter(|inner| inner.generation.get() == generation) {
+                inner.try_restart();
+            }
+        });
+    }
+
+    fn restart(self: &Rc<Self>) -> Result<(), crate::vm::StartError> {
+        self.calls.clear();
+        self.generation.set(self.generation.get() + 1);
+        self.started.set(Instant::now());
+        let env = HostEnv::new(self.weak(), self.generation.get(), self.calls.clone());
+        let vm = Vm::start(&self.engine, self.config.clone(), Box::new(env))?;
+        *self.vm.borrow_mut() = Some(vm);
+        Ok(())
+    }
+
+    fn weak(self: &Rc<Self>) -> Weak<Self> {
+        Rc::downgrade(self)
+    }
+}

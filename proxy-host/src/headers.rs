@@ -1,0 +1,223 @@
+//! Headers as Envoy's connection manager and router change them.
+
+use ::http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
+    header::{CONNECTION, CONTENT_TYPE, TE, TRANSFER_ENCODING, UPGRADE},
+};
+
+/// The methods that Envoy's parser knows; it answers any other with 400.
+const METHODS: [&str; 33] = [
+    "ACL",
+    "BIND",
+    "CHECKOUT",
+    "CONNECT",
+    "COPY",
+    "DELETE",
+    "GET",
+    "HEAD",
+    "LINK",
+    "LOCK",
+    "MERGE",
+    "MKACTIVITY",
+    "MKCALENDAR",
+    "MKCOL",
+    "MOVE",
+    "MSEARCH",
+    "M-SEARCH",
+    "NOTIFY",
+    "OPTIONS",
+    "PATCH",
+    "POST",
+    "PROPFIND",
+    "PROPPATCH",
+    "PURGE",
+    "PUT",
+    "REBIND",
+    "REPORT",
+    "SEARCH",
+    "SOURCE",
+    "SUBSCRIBE",
+    "TRACE",
+    "UNBIND",
+    "UNLINK",
+];
+
+/// Whether Envoy takes a request of this method.
+#[must_use]
+pub fn is_method(method: &Method) -> bool {
+    METHODS.contains(&method.as_str()) || matches!(method.as_str(), "UNLOCK" | "UNSUBSCRIBE")
+}
+
+/// Whether a request is a gRPC call.
+#[must_use]
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    kind.and_then(|kind| kind.strip_prefix(b"application/grpc")).is_some_and(|rest| matches!(rest, [] | [b'+', ..]))
+}
+
+/// Makes a request's headers those that a filter sees: without those that are for one hop, with what Envoy adds.
+pub fn prepare(headers: &mut HeaderMap) {
+    let upgrade = headers.get(UPGRADE).cloned();
+    let trailers = headers.get_all(TE).iter().any(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    remove_hop_by_hop(headers);
+    headers.remove(TE);
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    if let Some(upgrade) = upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, upgrade);
+    }
+    headers.insert("x-forwarded-proto", HeaderValue::from_static("http"));
+    if !headers.contains_key("x-request-id")
+        && let Ok(id) = HeaderValue::from_str(&uuid())
+    {
+        headers.insert("x-request-id", id);
+    }
+}
+
+/// Removes the headers that are for one hop (RFC 9110, 7.6.1), and those that `Connection` names.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let mut named = Vec::new();
+    for value in headers.get_all(CONNECTION) {
+        for name in value.as_bytes().split(|b| *b == b',') {
+            // Of what it may name, nothing that decides where a request goes.
+            match HeaderName::from_bytes(name.trim_ascii()) {
+                Ok(name) if name != "host" && !name.as_str().starts_with("x-forwarded") => named.push(name),
+                _ => {}
+            }
+        }
+    }
+    for name in named {
+        headers.remove(name);
+    }
+    for name in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
+        headers.remove(name);
+    }
+    headers.remove("keep-alive");
+    headers.remove("proxy-connection");
+}
+
+/// Removes what is between the filter and this proxy, so that none of it leaves.
+pub fn remove_own(headers: &mut HeaderMap) {
+    let own: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("x-portolan-")).cloned().collect();
+    for name in own {
+        headers.remove(name);
+    }
+}
+
+/// The host and port that an authority names.
+#[must_use]
+pub fn authority_parts(authority: Option<&HeaderValue>) -> (Option<String>, Option<u16>) {
+    let Some(text) = authority.and_then(|a| a.to_str().ok()) else { return (None, None) };
+    let colon = match text.rfind(']') {
+        Some(end) => text[end..].find(':').map(|at| end + at),
+        None if text.matches(':').count() > 1 => None,
+        None => text.find(':'),
+    };
+    match colon {
+        Some(at) => (Some(text[..at].to_owned()), text[at + 1..].parse().ok()),
+        None => (Some(text.to_owned()), None),
+    }
+}
+
+/// The gRPC status that stands for an HTTP status (gRPC's own table, as in Envoy).
+#[must_use]
+pub fn grpc_status(status: StatusCode) -> u32 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
+/// A body as `grpc-message`: percent-encoded where it has to be; `None` for an empty one.
+#[must_use]
+pub fn grpc_message(body: &[u8]) -> Option<HeaderValue> {
+    let mut out = String::new();
+    for byte in body.trim_ascii_end() {
+        match byte {
+            b' '..=b'~' if *byte != b'%' => out.push(char::from(*byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    if out.is_empty() { None } else { HeaderValue::from_str(&out).ok() }
+}
+
+/// A random UUID (RFC 9562, version 4); it names a request and guards nothing.
+fn uuid() -> String {
+    let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
+    }
+
+    #[test]
+    fn headers_of_one_hop_do_not_go_on() {
+        let mut headers = map(&[
+            ("connection", "close, x-mine, x-forwarded-proto"),
+            ("keep-alive", "1"),
+            ("transfer-encoding", "chunked"),
+            ("te", "trailers"),
+            ("x-mine", "1"),
+            ("x-other", "2"),
+        ]);
+        prepare(&mut headers);
+        let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["te", "x-forwarded-proto", "x-other", "x-request-id"]);
+    }
+
+    #[test]
+    fn an_upgrade_keeps_its_two_headers() {
+        let mut headers = map(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        prepare(&mut headers);
+        assert_eq!(headers["connection"], "upgrade");
+        assert_eq!(headers["upgrade"], "websocket");
+    }
+
+    #[test]
+    fn nothing_between_us_and_the_filter_leaves() {
+        let mut headers = map(&[("x-portolan-cluster", "c"), ("x-portolan-any", "d"), ("x-porto", "e")]);
+        remove_own(&mut headers);
+        assert_eq!(headers, map(&[("x-porto", "e")]));
+    }
+
+    #[test]
+    fn an_authority_has_a_host_and_perhaps_a_port() {
+        let parts = |text| authority_parts(Some(&HeaderValue::from_static(text)));
+        assert_eq!(parts("a.com"), (Some("a.com".into()), None));
+        assert_eq!(parts("a.com:8080"), (Some("a.com".into()), Some(8080)));
+        assert_eq!(parts("a.com:"), (Some("a.com".into()), None));
+        assert_eq!(parts("[::1]:80"), (Some("[::1]".into()), Some(80)));
+        assert_eq!(parts("::1"), (Some("::1".into()), None));
+    }
+
+    #[test]
+    fn a_request_id_is_a_random_uuid() {
+        let id = uuid();
+        assert_eq!((id.len(), &id[14..15]), (36, "4"));
+        assert!(matches!(&id[19..20], "8" | "9" | "a" | "b"), "{id}");
+        assert_ne!(id, uuid());
+    }
+
+    #[test]
+    fn grpc_is_told_by_its_content_type() {
+        for (kind, grpc) in
+            [("application/grpc", true), ("application/grpc+proto", true), ("application/grpc-web", false)]
+        {
+            assert_eq!(is_grpc(&map(&[("content-type", kind)])), grpc, "{kind}");
+        }
+        assert_eq!(grpc_message("50% é\n".as_bytes()).unwrap(), "50%25 %C3%A9");
+    }
+}

@@ -1,0 +1,316 @@
+//! Requests: the filter names a cluster in a header, the one route goes by it, and bodies stream through.
+
+use std::{cell::Cell, rc::Rc};
+
+use ::http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    header::{CONTENT_TYPE, HOST, SERVER, USER_AGENT},
+};
+use bytes::Bytes;
+use hyper::{
+    body::{Body as _, Incoming},
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use tokio::io::copy_bidirectional;
+
+use super::rewind::Rewind;
+use crate::{
+    access_log::Entry,
+    body::{RequestBody, ResponseBody},
+    exec::{self, LocalExec},
+    filter::{Connection, HttpVerdict, Stream},
+    headers::{self, authority_parts},
+    router::{self, Failure},
+    upstream::Wanted,
+    vm::{LocalResponse, RequestHead, ResponseHead},
+    worker::Worker,
+};
+
+/// The header by which the one route chooses its cluster.
+const CLUSTER: &str = "x-portolan-cluster";
+
+/// Serves the requests of one connection.
+pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool) {
+    let mut stop = worker.stop.clone();
+    let service = service_fn(move |request| {
+        let (worker, connection) = (worker.clone(), connection.clone());
+        async move { handle(&worker, &connection, request).await }
+    });
+    let io = TokioIo::new(client);
+    // How a connection ends is told by its requests.
+    if http2 {
+        let serving = hyper::server::conn::http2::Builder::new(LocalExec).serve_connection(io, service);
+        let mut serving = std::pin::pin!(serving);
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = stop.wait_for(|stop| *stop) => {
+                serving.as_mut().graceful_shutdown();
+                let _ = serving.await;
+            }
+        }
+    } else {
+        let serving = hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades();
+        let mut serving = std::pin::pin!(serving);
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = stop.wait_for(|stop| *stop) => {
+                serving.as_mut().graceful_shutdown();
+                let _ = serving.await;
+            }
+        }
+    }
+}
+
+/// A reset of the stream, said to hyper.
+#[derive(Debug, thiserror::Error)]
+#[error("the filter reset the request")]
+struct Reset;
+
+async fn handle(
+    worker: &Rc<Worker>,
+    connection: &Rc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Reset> {
+    let mut exchange =
+        Exchange { entry: Entry::new(&worker.log), received: Rc::default(), grpc: headers::is_grpc(request.headers()) };
+    let (head, request) = match exchange.read(request) {
+        Ok(read) => read,
+        Err(status) => return Ok(exchange.refuse(status, Bytes::new(), "")),
+    };
+    let method = head.method.clone();
+    let (mut head, stream) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
+        HttpVerdict::Continue(head, stream) => (head, stream),
+        HttpVerdict::Respond(response) => return Ok(exchange.local(*response)),
+        HttpVerdict::Reset => return Err(Reset),
+        HttpVerdict::Failed => {
+            exchange.entry.reason = Some("portolan_filter_failed".into());
+            let body = Bytes::from_static(b"portolan: the filter failed\n");
+            return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, body, ""));
+        }
+    };
+    exchange.entry.reason = stream.reason();
+    let name = head.headers.get(CLUSTER).and_then(|name| name.to_str().ok()).map(str::to_owned);
+    let Some(name) = name.filter(|_| !(method == Method::CONNECT && connection.captured)) else {
+        exchange.entry.reason = Some("route_not_found".into());
+        return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
+    };
+    headers::remove_own(&mut head.headers);
+    exchange.entry.cluster = Some(name.clone());
+    let cluster = match worker.cluster(&name).await {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            exchange.entry.reason = Some(error.to_string());
+            return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC"));
+        }
+    };
+    let (host, port) = authority_parts(head.authority.as_ref());
+    let destination = connection.captured.then_some(connection.destination);
+    let wanted = Wanted { destination, host, port };
+    let answered = if method == Method::CONNECT {
+        exchange.tunnel(worker, &cluster, &wanted, request, stream).await
+    } else {
+        exchange.forward(worker, &cluster, &wanted, head, request, stream).await
+    };
+    match answered {
+        Ok(response) => Ok(response),
+        Err((exchange, failure)) => Ok(exchange.failed(&failure)),
+    }
+}
+
+/// One request on its way.
+struct Exchange {
+    entry: Entry,
+    received: Rc<Cell<u64>>,
+    grpc: bool,
+}
+
+impl Exchange {
+    /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
+    fn read(&mut self, request: Request<Incoming>) -> Result<(RequestHead, Request<Incoming>), StatusCode> {
+        let (mut parts, body) = request.into_parts();
+        let host = parts.headers.remove(HOST);
+        let authority = match parts.uri.authority() {
+            // The target's authority wins over Host (RFC 9112, 3.2.2).
+            Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+            None => host,
+        };
+        let path = match (parts.uri.path_and_query(), &parts.method) {
+            (_, &Method::CONNECT) => None,
+            (Some(path), _) if !path.as_str().is_empty() => HeaderValue::from_str(path.as_str()).ok(),
+            _ => Some(HeaderValue::from_static("/")),
+        };
+        let shown = |value: Option<&HeaderValue>| value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
+        let protocol = match parts.version {
+            Version::HTTP_2 => "HTTP/2",
+            Version::HTTP_10 => "HTTP/1.0",
+            _ => "HTTP/1.1",
+        };
+        self.entry.request = Some((parts.method.to_string(), shown(path.as_ref()).unwrap_or_default(), protocol));
+        self.entry.authority = shown(authority.as_ref());
+        headers::prepare(&mut parts.headers);
+        let header = |name: &str| shown(parts.headers.get(name));
+        self.entry.headers = [header("x-forwarded-for"), header(USER_AGENT.as_str()), header("x-request-id")];
+        if parts.version == Version::HTTP_10 || parts.version == Version::HTTP_09 {
+            self.entry.reason = Some("low_version".into());
+            return Err(StatusCode::UPGRADE_REQUIRED);
+        }
+        if !headers::is_method(&parts.method) {
+            self.entry.reason = Some("http1.codec_error".into());
+            return Err(StatusCode::BAD_REQUEST);
+        }
+        let Some(authority) = authority else {
+            self.entry.reason = Some("missing_host_header".into());
+            return Err(StatusCode::BAD_REQUEST);
+        };
+        let head = RequestHead {
+            method: parts.method.clone(),
+            scheme: Some(HeaderValue::from_static("http")),
+            authority: Some(authority),
+            path,
+            headers: std::mem::take(&mut parts.headers),
+        };
+        Ok((head, Request::from_parts(parts, body)))
+    }
+
+    async fn forward(
+        mut self,
+        worker: &Rc<Worker>,
+        cluster: &crate::upstream::Cluster,
+        wanted: &Wanted,
+        head: RequestHead,
+        mut incoming: Request<Incoming>,
+        stream: Stream,
+    ) -> Result<Response<ResponseBody>, (Self, Failure)> {
+        let same = incoming.version() == Version::HTTP_2;
+        let upgrade = head.headers.contains_key(::http::header::UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
+        let request = router::Outgoing { head, body: RequestBody::new(incoming.into_body(), self.received.clone()) };
+        let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
+        let (mut response, lease) = match sent {
+            Ok(answered) => answered,
+            Err(failure) => return Err((self, failure)),
+        };
+        let time = self.entry.elapsed();
+        self.entry.service_time = Some(time);
+        let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if upgraded && let Some(client) = upgrade {
+            let upstream = hyper::upgrade::on(&mut response);
+            exec::spawn(async move {
+                if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
+                    // Either side may end it as it likes.
+                    let _ = copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await;
+                }
+            });
+        } else {
+            headers::remove_hop_by_hop(response.headers_mut());
+        }
+        let (mut parts, body) = response.into_parts();
+        parts.headers.insert(
+            HeaderName::from_static("x-envoy-upstream-service-time"),
+            HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        );
+        let head = ResponseHead { status: parts.status, headers: std::mem::take(&mut parts.headers) };
+        let head = match stream.response(head, body.is_end_stream()).await {
+            Ok(head) => head,
+            Err(Some(response)) => return Ok(self.local(*response)),
+            Err(None) => return Err((self, Failure::Filter)),
+        };
+        self.entry.status = head.status.as_u16();
+        let mut response = Response::new(ResponseBody::upstream(body, lease, self.received, self.entry));
+        *response.status_mut() = head.status;
+        *response.headers_mut() = head.headers;
+        Ok(response)
+    }
+
+    /// CONNECT on the HTTP proxy listener: bytes both ways once there is a connection.
+    async fn tunnel(
+        mut self,
+        worker: &Rc<Worker>,
+        cluster: &crate::upstream::Cluster,
+        wanted: &Wanted,
+        mut request: Request<Incoming>,
+        stream: Stream,
+    ) -> Result<Response<ResponseBody>, (Self, Failure)> {
+        let (mut upstream, active) = match router::connect(worker, cluster, wanted, &mut self.entry).await {
+            Ok(connected) => connected,
+            Err(failure) => return Err((self, failure)),
+        };
+        let client = hyper::upgrade::on(&mut request);
+        self.entry.status = 200;
+        let entry = self.entry;
+        let received = self.received;
+        let opened = worker.opened();
+        exec::spawn(async move {
+            let mut entry = entry;
+            let _held = (stream, active, opened);
+            if let Ok(client) = client.await
+                && let Ok((received, sent)) = copy_bidirectional(&mut TokioIo::new(client), &mut upstream).await
+            {
+                (entry.received, entry.sent) = (received, sent);
+            }
+        });
+        // The tunnel's line is written at its end, by its task.
+        Ok(Response::new(ResponseBody::silent(received)))
+    }
+
+    /// An answer of the filter's.
+    fn local(mut self, response: LocalResponse) -> Response<ResponseBody> {
+        self.entry.reason = Some(String::from_utf8_lossy(&response.details).into_owned());
+        let mut answer = self.reply(response.status, response.body, response.grpc_status);
+        for (name, value) in &response.headers {
+            answer.headers_mut().append(name, value.clone());
+        }
+        answer
+    }
+
+    /// An answer of our own, with Envoy's flag for it.
+    fn refuse(mut self, status: StatusCode, body: Bytes, flags: &'static str) -> Response<ResponseBody> {
+        self.entry.flags = flags;
+        self.reply(status, body, None)
+    }
+
+    fn failed(mut self, failure: &Failure) -> Response<ResponseBody> {
+        self.entry.reason = Some(failure.details());
+        self.refuse(failure.status(), Bytes::from(failure.body()), failure.flags())
+    }
+
+    fn reply(mut self, status: StatusCode, body: Bytes, grpc_status: Option<u32>) -> Response<ResponseBody> {
+        let mut headers = HeaderMap::new();
+        headers.insert(SERVER, HeaderValue::from_static("portolan"));
+        let (status, body) = if self.grpc {
+            // A gRPC client reads the status of its call, not that of HTTP.
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            let code = grpc_status.unwrap_or_else(|| headers::grpc_status(status));
+            headers.insert("grpc-status", HeaderValue::from(code));
+            if let Some(message) = headers::grpc_message(&body) {
+                headers.insert("grpc-message", message);
+            }
+            (StatusCode::OK, Bytes::new())
+        } else {
+            if !body.is_empty() {
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
+            (status, body)
+        };
+        self.entry.status = status.as_u16();
+        let mut response = Response::new(ResponseBody::local(body, self.received, self.entry));
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response
+    }
+}
+
+/// The target of a request to an upstream of either version.
+///
+/// # Errors
+/// The filter wrote a path or an authority that no request can have.
+pub fn target(head: &RequestHead, http2: bool) -> Result<Uri, ::http::Error> {
+    let path = head.path.as_ref().map_or(&b"/"[..], HeaderValue::as_bytes);
+    if http2 {
+        let authority = head.authority.as_ref().map_or(&b""[..], HeaderValue::as_bytes);
+        if let Ok(uri) = Uri::builder().scheme("http").authority(authority).path_and_query(path).build() {
+            return Ok(uri);
+        }
+    }
+    Uri::builder().path_and_query(path).build()
+}

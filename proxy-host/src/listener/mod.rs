@@ -1,0 +1,160 @@
+//! The ways in: connections that were redirected to us, and requests to the HTTP proxy.
+
+pub mod http;
+pub mod plan;
+pub mod rewind;
+pub mod sniff;
+pub mod tcp;
+
+use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+
+use bytes::BytesMut;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{TcpListener, TcpStream},
+};
+
+use crate::{exec, worker::Worker};
+use plan::Inspection;
+use rewind::Rewind;
+use sniff::Sniffed;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// Pause after the system refused to accept, as for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// What a listener takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Redirected connections.
+    Transparent,
+    /// Requests of clients that know us as their proxy.
+    HttpProxy,
+}
+
+/// Reserves an address. Workers bind the same one, and the kernel spreads connections over them. Nothing is accepted
+/// before [`accept`] starts.
+///
+/// # Errors
+/// The system's.
+pub fn bind(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        // `[::]` takes IPv4 as well, as Istio's listeners do on two stacks.
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// Starts to listen.
+///
+/// # Errors
+/// The system's.
+pub fn listen(socket: Socket) -> io::Result<TcpListener> {
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Where a redirected connection was meant to go, by the kernel's connection tracking.
+///
+/// # Errors
+/// The connection was not redirected.
+pub fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let address = if stream.local_addr()?.ip().to_canonical().is_ipv4() {
+        socket.original_dst_v4()?
+    } else {
+        socket.original_dst_v6()?
+    };
+    address.as_socket().ok_or_else(|| io::Error::other("original destination is not an IP address"))
+}
+
+/// Accepts connections until the process is to end.
+pub async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: Kind) {
+    let mut stop = worker.stop.clone();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        match accepted {
+            Ok((stream, source)) => {
+                // Only costs latency where it cannot be set.
+                let _ = stream.set_nodelay(true);
+                let worker = worker.clone();
+                exec::spawn(async move {
+                    let _open = worker.opened();
+                    match kind {
+                        Kind::Transparent => captured(worker, stream, source).await,
+                        Kind::HttpProxy => http_proxy(worker, stream, source).await,
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accept: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
+    let destination = (worker.config.original_destination)(&stream);
+    let own = stream.local_addr().map(|own| own.port());
+    let destination = match (destination, own) {
+        // Dialled itself, as istiod's virtualOutbound refuses it: it would only come back here.
+        (Ok(destination), Ok(own)) if destination.port() != own => canonical(destination),
+        (destination, _) => {
+            tracing::debug!(%source, ?destination, "a connection that was not redirected is refused");
+            tcp::reset(&Rewind::new(bytes::Bytes::new(), stream));
+            return;
+        }
+    };
+    let entry = worker.plans().entry(destination);
+    let mut connection = worker.connection(source, destination, true);
+    let Some((sniffed, client)) = inspect(stream, entry.inspection).await else { return };
+    match sniffed {
+        Sniffed::Http1 | Sniffed::Http2 if !entry.tcp => {
+            http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2).await;
+        }
+        Sniffed::Tls(name) => {
+            connection.server_name = name;
+            tcp::proxy(&worker, Rc::new(connection), client).await;
+        }
+        _ => tcp::proxy(&worker, Rc::new(connection), client).await,
+    }
+}
+
+async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
+    let Ok(own) = stream.local_addr() else { return };
+    let connection = Rc::new(worker.connection(source, canonical(own), false));
+    // Whatever it is, it is HTTP; only its version is open.
+    let Some((sniffed, client)) = inspect(stream, Inspection { tls: false, http: true }).await else { return };
+    http::serve(worker, connection, client, sniffed == Sniffed::Http2).await;
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Reads as many bytes as the inspection needs, without any where it needs none. As under Istio there is no limit of
+/// time: a client that says nothing is waited for. `None`: the client has gone.
+async fn inspect(mut stream: TcpStream, inspection: Inspection) -> Option<(Sniffed, Rewind)> {
+    let mut read = BytesMut::new();
+    loop {
+        match sniff::sniff(&read, inspection) {
+            Sniffed::NeedMore => {
+                if stream.read_buf(&mut read).await.ok()? == 0 {
+                    return None;
+                }
+            }
+            sniffed => return Some((sniffed, Rewind::new(read.freeze(), stream))),
+        }
+    }
+}

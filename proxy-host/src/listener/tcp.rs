@@ -1,0 +1,89 @@
+//! A connection that stays bytes: the filter names a cluster, and both sides are copied until they end.
+
+use std::rc::Rc;
+
+use socket2::SockRef;
+use tokio::io::copy_bidirectional;
+
+use super::rewind::Rewind;
+use crate::{
+    access_log::Entry,
+    filter::{Connection, TcpVerdict},
+    upstream::Wanted,
+    worker::Worker,
+};
+
+/// Carries one connection to where the filter says.
+pub async fn proxy(worker: &Worker, connection: Rc<Connection>, mut client: Rewind) {
+    let mut entry = Entry::new(&worker.log);
+    entry.authority = connection.server_name.as_deref().map(|name| String::from_utf8_lossy(name).into_owned());
+    if let Err(flags) = carry(worker, &connection, &mut client, &mut entry).await {
+        entry.flags = flags;
+        reset(&client);
+    }
+}
+
+/// Ends a connection so that the client sees a failure and not an end of data.
+pub fn reset(client: &Rewind) {
+    // Where this fails, the connection is gone already.
+    let _ = SockRef::from(client.stream()).set_linger(Some(std::time::Duration::ZERO));
+}
+
+/// Envoy's flag of what went wrong.
+async fn carry(
+    worker: &Worker,
+    connection: &Rc<Connection>,
+    client: &mut Rewind,
+    entry: &mut Entry,
+) -> Result<(), &'static str> {
+    let (name, _stream) = match worker.filter.connection(connection).await {
+        TcpVerdict::Cluster(name, stream) => {
+            entry.reason = stream.reason();
+            (name, stream)
+        }
+        TcpVerdict::Close(reason) => {
+            entry.reason = reason;
+            return Err("UH");
+        }
+    };
+    entry.cluster = Some(name.clone());
+    let cluster = match worker.cluster(&name).await {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            entry.reason = Some(error.to_string());
+            return Err("NC");
+        }
+    };
+    let wanted = Wanted {
+        destination: connection.captured.then_some(connection.destination),
+        host: entry.authority.clone(),
+        port: None,
+    };
+    let endpoint = match cluster.choose(&wanted, &worker.resolver).await {
+        Ok(endpoint) => endpoint,
+        Err(error) => {
+            entry.reason = Some(error.to_string());
+            return Err("UH");
+        }
+    };
+    let _active = endpoint.begin();
+    entry.upstream = endpoint.address().map(ToString::to_string);
+    let mut upstream = match cluster.connect(&endpoint).await {
+        Ok((upstream, address)) => {
+            entry.upstream = Some(address.to_string());
+            upstream
+        }
+        Err(error) => {
+            entry.reason = Some(error.to_string());
+            return Err("UF");
+        }
+    };
+    match copy_bidirectional(client, &mut upstream).await {
+        Ok((received, sent)) => {
+            (entry.received, entry.sent) = (received, sent);
+            Ok(())
+        }
+        // One side was reset; so is the other.
+        Err(_) => Err(""),
+    }
+}

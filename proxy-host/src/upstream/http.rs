@@ -1,0 +1,176 @@
+//! HTTP connections to endpoints: kept open, reused, and replaced once when a kept one turns out to be closed.
+
+use std::{cell::RefCell, rc::Rc, time::Instant};
+
+use ::http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+
+use super::{Active, Cluster, Endpoint, IDLE, cluster::Address, connect::ConnectError};
+use crate::{
+    body::RequestBody,
+    exec::{self, LocalExec},
+};
+
+/// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
+#[derive(Default)]
+pub struct Pool {
+    idle: RefCell<Vec<Idle>>,
+    http2: RefCell<Option<(http2::SendRequest<RequestBody>, Address)>>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<RequestBody>,
+    address: Address,
+    since: Instant,
+}
+
+impl Pool {
+    /// Drops connections that are closed or have been idle for too long.
+    pub fn sweep(&self, now: Instant) {
+        self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && now.saturating_duration_since(c.since) < IDLE);
+        let mut http2 = self.http2.borrow_mut();
+        if http2.as_ref().is_some_and(|(sender, _)| sender.is_closed()) {
+            *http2 = None;
+        }
+    }
+
+    /// Whether nothing is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.idle.borrow().is_empty() && self.http2.borrow().is_none()
+    }
+}
+
+/// What a response came over; give it back with [`Lease::finish`] once its body has been read to the end.
+pub struct Lease {
+    endpoint: Rc<Endpoint>,
+    sender: Option<http1::SendRequest<RequestBody>>,
+    /// The address that answered.
+    pub address: Address,
+    _active: Active,
+}
+
+impl Lease {
+    /// Puts the connection back for the next request.
+    pub fn finish(mut self) {
+        if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
+            let idle = Idle { sender, address: self.address.clone(), since: Instant::now() };
+            self.endpoint.pool.idle.borrow_mut().push(idle);
+        }
+    }
+}
+
+/// Why there is no response.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// No connection; the request was not sent and may go elsewhere.
+    #[error("{0}")]
+    Connect(#[source] ConnectError, Option<Address>, Box<Request<RequestBody>>),
+    /// The connection ended before the response's headers, or what came was not HTTP.
+    #[error("{error}")]
+    Reset {
+        /// hyper's error.
+        error: hyper::Error,
+        /// Who was asked.
+        address: Address,
+    },
+}
+
+/// Sends the request over a kept or a new connection.
+///
+/// # Errors
+/// See [`SendError`].
+pub async fn send(
+    cluster: &Cluster,
+    endpoint: &Rc<Endpoint>,
+    mut request: Request<RequestBody>,
+    http2: bool,
+) -> Result<(Response<Incoming>, Lease), SendError> {
+    let active = endpoint.begin();
+    loop {
+        let (mut sender, address, kept) = match checkout(cluster, endpoint, http2).await {
+            Ok(found) => found,
+            Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
+        };
+        let sent = match &mut sender {
+            Sender::Http1(sender) => sender.try_send_request(request).await,
+            Sender::Http2(sender) => sender.try_send_request(request).await,
+        };
+        match sent {
+            Ok(response) => {
+                let sender = match sender {
+                    Sender::Http1(sender) => Some(sender),
+                    Sender::Http2(_) => None,
+                };
+                return Ok((response, Lease { endpoint: endpoint.clone(), sender, address, _active: active }));
+            }
+            Err(mut failure) => match failure.take_message() {
+                // The far end closed a kept connection while it was idle: nothing of the request has left.
+                Some(unsent) if kept => {
+                    if http2 {
+                        *endpoint.pool.http2.borrow_mut() = None;
+                    }
+                    request = unsent;
+                }
+                _ => return Err(SendError::Reset { error: failure.into_error(), address }),
+            },
+        }
+    }
+}
+
+enum Sender {
+    Http1(http1::SendRequest<RequestBody>),
+    Http2(http2::SendRequest<RequestBody>),
+}
+
+/// A sender that is ready, its address, and whether it had been used before.
+async fn checkout(
+    cluster: &Cluster,
+    endpoint: &Rc<Endpoint>,
+    http2: bool,
+) -> Result<(Sender, Address, bool), ConnectError> {
+    if http2 {
+        let kept = endpoint.pool.http2.borrow().clone();
+        if let Some((mut sender, address)) = kept
+            && sender.ready().await.is_ok()
+        {
+            return Ok((Sender::Http2(sender), address, true));
+        }
+        let (stream, address) = cluster.connect(endpoint).await?;
+        let mut builder = http2::Builder::new(LocalExec);
+        builder.timer(TokioTimer::new());
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        exec::spawn(async move {
+            // Its requests report how it ended.
+            let _ = connection.await;
+        });
+        *endpoint.pool.http2.borrow_mut() = Some((sender.clone(), address.clone()));
+        return Ok((Sender::Http2(sender), address, false));
+    }
+    loop {
+        let kept = endpoint.pool.idle.borrow_mut().pop();
+        match kept {
+            Some(Idle { mut sender, address, .. }) => {
+                if !sender.is_closed() && sender.ready().await.is_ok() {
+                    return Ok((Sender::Http1(sender), address, true));
+                }
+            }
+            None => break,
+        }
+    }
+    let (stream, address) = cluster.connect(endpoint).await?;
+    let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(broken)?;
+    exec::spawn(async move {
+        // Its requests report how it ended.
+        let _ = connection.with_upgrades().await;
+    });
+    Ok((Sender::Http1(sender), address, false))
+}
+
+fn broken(error: hyper::Error) -> ConnectError {
+    ConnectError::Io(std::io::Error::other(error))
+}

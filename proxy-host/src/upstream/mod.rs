@@ -1,0 +1,269 @@
+//! The way out: clusters, their endpoints, and the connections kept to them. All of it belongs to one thread.
+
+pub mod balance;
+pub mod cluster;
+pub mod connect;
+pub mod http;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::dns::{ResolveError, Resolver};
+use balance::{Balancer, Weighted};
+use cluster::{Address, Discovery, Family, Spec};
+use connect::{ConnectError, Stream};
+
+/// Unused connections are closed after this time (Envoy's default for HTTP).
+pub const IDLE: Duration = Duration::from_secs(3600);
+
+/// A cluster whose names are resolved: each endpoint has the addresses to try, in order.
+pub type Resolved = Spec<Vec<Address>>;
+
+/// Where the client wanted to go; what some clusters go by.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Address that the client dialled, on captured connections.
+    pub destination: Option<SocketAddr>,
+    /// Host that the client named.
+    pub host: Option<String>,
+    /// Port that the client named.
+    pub port: Option<u16>,
+}
+
+/// Why a cluster has nowhere to go.
+#[derive(Debug, thiserror::Error)]
+pub enum ChooseError {
+    /// The cluster has no endpoint (Envoy's flag UH).
+    #[error("no healthy upstream")]
+    NoEndpoint,
+    /// The host could not be resolved (Envoy's flag DF).
+    #[error("dns resolution failure: {0}")]
+    Resolve(#[from] ResolveError),
+}
+
+/// A cluster as one thread sees it.
+pub struct Cluster {
+    spec: Arc<Resolved>,
+    endpoints: Vec<Rc<Endpoint>>,
+    balancer: Balancer<Endpoint>,
+    /// Endpoints of clusters that go wherever the client says.
+    dialled: RefCell<HashMap<Vec<Address>, Rc<Endpoint>>>,
+}
+
+/// An endpoint with the connections that are kept to it.
+pub struct Endpoint {
+    addresses: Vec<Address>,
+    weight: u32,
+    priority: u32,
+    locality: (usize, u32),
+    active: Cell<u32>,
+    pool: http::Pool,
+}
+
+impl Weighted for Endpoint {
+    fn active(&self) -> u32 {
+        self.active.get()
+    }
+    fn weight(&self) -> u32 {
+        self.weight
+    }
+    fn priority(&self) -> u32 {
+        self.priority
+    }
+    fn locality(&self) -> (usize, u32) {
+        self.locality
+    }
+}
+
+/// Counts a request or connection as in progress for as long as it lives.
+pub struct Active(Rc<Endpoint>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.set(self.0.active.get().saturating_sub(1));
+    }
+}
+
+impl Endpoint {
+    fn new(addresses: Vec<Address>, weight: u32, priority: u32, locality: (usize, u32)) -> Self {
+        Self { addresses, weight, priority, locality, active: Cell::new(0), pool: http::Pool::default() }
+    }
+
+    /// Counts one more in progress.
+    #[must_use]
+    pub fn begin(self: &Rc<Self>) -> Active {
+        self.active.set(self.active.get() + 1);
+        Active(self.clone())
+    }
+
+    /// The address to show in logs before a connection is open.
+    #[must_use]
+    pub fn address(&self) -> Option<&Address> {
+        self.addresses.first()
+    }
+}
+
+impl Cluster {
+    /// The cluster; endpoints that `before` had keep their connections.
+    #[must_use]
+    pub fn new(spec: Arc<Resolved>, before: Option<&Cluster>) -> Self {
+        let mut old: HashMap<&[Address], Vec<&Rc<Endpoint>>> = HashMap::new();
+        if let Some(before) = before.filter(|before| before.spec.protocol == spec.protocol) {
+            for endpoint in &before.endpoints {
+                old.entry(&endpoint.addresses).or_default().push(endpoint);
+            }
+        }
+        let endpoints: Vec<_> = match &spec.discovery {
+            Discovery::Endpoints(list) => list
+                .iter()
+                .map(|new| match old.get_mut(new.at.as_slice()).and_then(Vec::pop) {
+                    Some(kept)
+                        if (kept.weight, kept.priority, kept.locality) == (new.weight, new.priority, new.locality) =>
+                    {
+                        kept.clone()
+                    }
+                    _ => Rc::new(Endpoint::new(new.at.clone(), new.weight, new.priority, new.locality)),
+                })
+                .collect(),
+            Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. } => Vec::new(),
+        };
+        let balancer = Balancer::new(spec.policy, spec.weighted_localities, &endpoints);
+        let dialled = match before {
+            Some(before) if before.spec.discovery == spec.discovery => before.dialled.take(),
+            _ => HashMap::new(),
+        };
+        Self { spec, endpoints, balancer, dialled: RefCell::new(dialled) }
+    }
+
+    /// What the cluster was made of.
+    #[must_use]
+    pub fn spec(&self) -> &Resolved {
+        &self.spec
+    }
+
+    /// The endpoint for one connection or request.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub async fn choose(&self, wanted: &Wanted, resolver: &Resolver) -> Result<Rc<Endpoint>, ChooseError> {
+        match &self.spec.discovery {
+            Discovery::Endpoints(_) => self.balancer.pick().ok_or(ChooseError::NoEndpoint),
+            Discovery::OriginalDst { port } => {
+                let mut address = wanted.destination.ok_or(ChooseError::NoEndpoint)?;
+                if let Some(port) = port {
+                    address.set_port(*port);
+                }
+                Ok(self.dial(vec![Address::Ip(address)]))
+            }
+            Discovery::DynamicForwardProxy { port } => {
+                let host = wanted.host.as_deref().filter(|h| !h.is_empty()).ok_or(ChooseError::NoEndpoint)?;
+                let port = port.or(wanted.port).or(wanted.destination.map(|d| d.port())).unwrap_or(80);
+                let ips = match host.trim_matches(['[', ']']).parse() {
+                    Ok(ip) => vec![ip],
+                    Err(_) => resolver.lookup(host, Family::V4Preferred).await?.addresses,
+                };
+                if ips.is_empty() {
+                    return Err(ChooseError::NoEndpoint);
+                }
+                Ok(self.dial(ips.into_iter().map(|ip| Address::Ip(SocketAddr::new(ip, port))).collect()))
+            }
+        }
+    }
+
+    fn dial(&self, addresses: Vec<Address>) -> Rc<Endpoint> {
+        let mut dialled = self.dialled.borrow_mut();
+        (dialled.entry(addresses))
+            .or_insert_with_key(|addresses| Rc::new(Endpoint::new(addresses.clone(), 1, 0, (0, 1))))
+            .clone()
+    }
+
+    /// Opens a connection for a TCP stream.
+    ///
+    /// # Errors
+    /// The endpoint refuses or does not answer in time.
+    pub async fn connect(&self, endpoint: &Endpoint) -> Result<(Stream, Address), ConnectError> {
+        connect::connect(&endpoint.addresses, self.spec.connect_timeout).await
+    }
+
+    /// Closes connections that nobody has used for long, and forgets dialled endpoints without any.
+    pub fn sweep(&self, now: Instant) {
+        for endpoint in &self.endpoints {
+            endpoint.pool.sweep(now);
+        }
+        self.dialled.borrow_mut().retain(|_, endpoint| {
+            endpoint.pool.sweep(now);
+            Rc::strong_count(endpoint) > 1 || !endpoint.pool.is_empty()
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cluster::{Policy, Protocol};
+
+    fn spec(discovery: Discovery<Vec<Address>>) -> Arc<Resolved> {
+        Arc::new(Spec {
+            name: "c".into(),
+            connect_timeout: Duration::from_secs(1),
+            discovery,
+            policy: Policy::RoundRobin,
+            weighted_localities: false,
+            protocol: Protocol::Http1,
+            dns: None,
+        })
+    }
+
+    fn at(addresses: &[&str]) -> Discovery<Vec<Address>> {
+        Discovery::Endpoints(
+            (addresses.iter())
+                .map(|a| cluster::Endpoint {
+                    at: vec![Address::Ip(a.parse().unwrap())],
+                    weight: 1,
+                    priority: 0,
+                    locality: (0, 0),
+                })
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn an_update_keeps_the_endpoints_that_stay() {
+        let before = Cluster::new(spec(at(&["1.1.1.1:1", "2.2.2.2:2", "2.2.2.2:2"])), None);
+        let after = Cluster::new(spec(at(&["2.2.2.2:2", "3.3.3.3:3"])), Some(&before));
+        assert!(before.endpoints[1..].iter().any(|e| Rc::ptr_eq(e, &after.endpoints[0])));
+        assert_eq!(after.endpoints.len(), 2);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn original_destination_takes_the_port_override() {
+        let resolver = Resolver::default();
+        let cluster = Cluster::new(spec(Discovery::OriginalDst { port: Some(8080) }), None);
+        let wanted = Wanted { destination: Some("9.9.9.9:80".parse().unwrap()), ..Wanted::default() };
+        let endpoint = cluster.choose(&wanted, &resolver).await.unwrap();
+        assert_eq!(endpoint.addresses, [Address::Ip("9.9.9.9:8080".parse().unwrap())]);
+        assert!(matches!(cluster.choose(&Wanted::default(), &resolver).await, Err(ChooseError::NoEndpoint)));
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_forward_proxy_prefers_its_own_port_then_the_one_asked_for_then_the_one_dialled() {
+        let resolver = Resolver::default();
+        let mut wanted = Wanted { host: Some("[::1]".into()), ..Wanted::default() };
+        let mut seen = Vec::new();
+        let any = Cluster::new(spec(Discovery::DynamicForwardProxy { port: None }), None);
+        let fixed = Cluster::new(spec(Discovery::DynamicForwardProxy { port: Some(7) }), None);
+        seen.push(any.choose(&wanted, &resolver).await.unwrap().addresses[0].to_string());
+        wanted.destination = Some("9.9.9.9:443".parse().unwrap());
+        seen.push(any.choose(&wanted, &resolver).await.unwrap().addresses[0].to_string());
+        wanted.port = Some(8443);
+        seen.push(any.choose(&wanted, &resolver).await.unwrap().addresses[0].to_string());
+        seen.push(fixed.choose(&wanted, &resolver).await.unwrap().addresses[0].to_string());
+        assert_eq!(seen, ["[::1]:80", "[::1]:443", "[::1]:8443", "[::1]:7"]);
+    }
+}

@@ -1,0 +1,204 @@
+//! A worker: one thread with its listeners, its filter, its clusters and its connections.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    access_log::AccessLog,
+    config::Config,
+    control::{Need, ToWorker},
+    dns::Resolver,
+    filter::{Connection, Filter},
+    listener::plan::Plans,
+    upstream::{Cluster, Resolved},
+};
+
+/// How often connections that nobody uses are looked for.
+const SWEEP: Duration = Duration::from_secs(30);
+
+/// Why there is no cluster of a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoCluster {
+    /// The controller knows none of that name.
+    #[error("cluster_not_found")]
+    NotFound,
+    /// The controller did not say in time.
+    #[error("cluster_not_found: the controller does not answer")]
+    Timeout,
+}
+
+enum Slot {
+    Ready(Rc<Cluster>),
+    Waiting(Vec<oneshot::Sender<Option<Rc<Cluster>>>>),
+}
+
+/// One thread's state; nothing of it is shared with another.
+pub struct Worker {
+    /// Decides.
+    pub filter: Filter,
+    /// Resolves names that clients ask for.
+    pub resolver: Resolver,
+    /// Where lines go.
+    pub log: AccessLog,
+    /// The settings.
+    pub config: Rc<Config>,
+    /// Turns true when the process is to end.
+    pub stop: watch::Receiver<bool>,
+    index: usize,
+    plans: watch::Sender<Arc<Plans>>,
+    clusters: RefCell<HashMap<String, Slot>>,
+    needs: mpsc::UnboundedSender<Need>,
+    connections: Cell<u64>,
+    open: Cell<usize>,
+}
+
+/// Counts a connection as open for as long as it lives.
+pub struct Opened(Rc<Worker>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+    }
+}
+
+impl Worker {
+    /// A worker of this number.
+    #[must_use]
+    pub fn new(
+        index: usize,
+        filter: Filter,
+        log: AccessLog,
+        config: Rc<Config>,
+        needs: mpsc::UnboundedSender<Need>,
+        stop: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            filter,
+            resolver: Resolver::default(),
+            log,
+            config,
+            stop,
+            index,
+            plans: watch::Sender::default(),
+            clusters: RefCell::default(),
+            needs,
+            connections: Cell::new(0),
+            open: Cell::new(0),
+        }
+    }
+
+    /// The listener plans in force.
+    #[must_use]
+    pub fn plans(&self) -> Arc<Plans> {
+        self.plans.borrow().clone()
+    }
+
+    /// Tells when the plans change.
+    #[must_use]
+    pub fn plans_changed(&self) -> watch::Receiver<Arc<Plans>> {
+        self.plans.subscribe()
+    }
+
+    /// A connection that has just been accepted.
+    pub fn connection(&self, source: SocketAddr, destination: SocketAddr, captured: bool) -> Connection {
+        let number = self.connections.get() + 1;
+        self.connections.set(number);
+        let id = (self.index as u64) << 48 | number;
+        Connection { id, source, destination, captured, server_name: None }
+    }
+
+    /// Counts a connection as open.
+    #[must_use]
+    pub fn opened(self: &Rc<Self>) -> Opened {
+        self.open.set(self.open.get() + 1);
+        Opened(self.clone())
+    }
+
+    /// Connections that are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open.get()
+    }
+
+    /// The cluster of a name; asks the controller for it the first time.
+    ///
+    /// # Errors
+    /// There is none, or nobody says so in time.
+    pub async fn cluster(&self, name: &str) -> Result<Rc<Cluster>, NoCluster> {
+        let (sender, answer) = oneshot::channel();
+        let ask = match self.clusters.borrow_mut().get_mut(name) {
+            Some(Slot::Ready(cluster)) => return Ok(cluster.clone()),
+            Some(Slot::Waiting(waiting)) => {
+                waiting.retain(|other| !other.is_closed());
+                waiting.push(sender);
+                None
+            }
+            None => Some(sender),
+        };
+        if let Some(sender) = ask {
+            self.clusters.borrow_mut().insert(name.to_owned(), Slot::Waiting(vec![sender]));
+            // Where the control thread is gone, the wait ends by its timeout.
+            let _ = self.needs.send(Need { worker: self.index, cluster: name.to_owned() });
+        }
+        match tokio::time::timeout(self.config.cluster_timeout, answer).await {
+            Ok(Ok(Some(cluster))) => Ok(cluster),
+            Ok(Ok(None) | Err(_)) => Err(NoCluster::NotFound),
+            Err(_) => Err(NoCluster::Timeout),
+        }
+    }
+
+    /// Takes what the control thread says until it says no more.
+    pub async fn listen(self: Rc<Self>, mut messages: mpsc::UnboundedReceiver<ToWorker>) {
+        let mut sweep = tokio::time::interval(SWEEP);
+        loop {
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(ToWorker::Plans(plans)) => {
+                        self.plans.send_replace(plans);
+                    }
+                    Some(ToWorker::Cluster(name, cluster)) => self.update(&name, cluster),
+                    None => return,
+                },
+                _ = sweep.tick() => self.sweep(),
+            }
+        }
+    }
+
+    fn update(&self, name: &str, cluster: Option<Arc<Resolved>>) {
+        let mut clusters = self.clusters.borrow_mut();
+        // Of clusters that nobody asked this worker for it keeps nothing.
+        let Some(slot) = clusters.remove(name) else { return };
+        let before = match &slot {
+            Slot::Ready(before) => Some(before.clone()),
+            Slot::Waiting(_) => None,
+        };
+        let cluster = cluster.map(|spec| Rc::new(Cluster::new(spec, before.as_deref())));
+        if let Some(cluster) = &cluster {
+            clusters.insert(name.to_owned(), Slot::Ready(cluster.clone()));
+        }
+        drop(clusters);
+        if let Slot::Waiting(waiting) = slot {
+            for sender in waiting {
+                // Whoever waited may have given up.
+                let _ = sender.send(cluster.clone());
+            }
+        }
+    }
+
+    fn sweep(&self) {
+        let now = Instant::now();
+        for slot in self.clusters.borrow().values() {
+            if let Slot::Ready(cluster) = slot {
+                cluster.sweep(now);
+            }
+        }
+    }
+}
