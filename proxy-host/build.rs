@@ -65,7 +65,10 @@ fn build(out: &Path) -> anyhow::Result<PathBuf> {
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy().into_owned();
         let of_this_build = ["CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS", "RUSTC", "RUSTC_WORKSPACE_WRAPPER", "CLIPPY_ARGS"];
-        if of_this_build.contains(&name.as_str()) || name.starts_with("CARGO_FEATURE_") || name.starts_with("CARGO_CFG_") {
+        if of_this_build.contains(&name.as_str())
+            || name.starts_with("CARGO_FEATURE_")
+            || name.starts_with("CARGO_CFG_")
+        {
             cargo.env_remove(&name);
         }
     }

@@ -75,8 +75,8 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Compile`] when the bytes are not a module.
     pub fn precompile(wasm: &[u8]) -> Result<Vec<u8>, EngineError> {
-        let engine = wasmtime::Engine::new(&wasmtime_config())
-            .map_err(|error| EngineError::Wasmtime(format!("{error:#}")))?;
+        let engine =
+            wasmtime::Engine::new(&wasmtime_config()).map_err(|error| EngineError::Wasmtime(format!("{error:#}")))?;
         engine.precompile_module(wasm).map_err(|error| EngineError::Compile(format!("{error:#}")))
     }
 

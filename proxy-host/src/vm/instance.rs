@@ -203,12 +203,8 @@ impl Vm {
         let filter_state = FilterState::default();
         let stream = Stream { root, properties, filter_state, own_properties: Vec::new(), kind, draining: false };
         state.streams.insert(id.0, Box::new(stream));
-        let created = self.instance.call_opt(
-            "proxy_on_context_create",
-            id,
-            self.exports.context_create.as_ref(),
-            (id.0, root.0),
-        );
+        let created =
+            self.instance.call_opt("proxy_on_context_create", id, self.exports.context_create.as_ref(), (id.0, root.0));
         if let Err(trap) = created {
             self.instance.store.data_mut().streams.remove(&id.0);
             return Err(trap);

@@ -59,14 +59,7 @@ fn stream_buffer(state: &mut HostState, kind: BufferType) -> Option<&mut Bytes> 
     }
 }
 
-fn get(
-    mut caller: Caller<'_, HostState>,
-    kind: u32,
-    start: u32,
-    max: u32,
-    to: u32,
-    to_len: u32,
-) -> Result<(), Fault> {
+fn get(mut caller: Caller<'_, HostState>, kind: u32, start: u32, max: u32, to: u32, to_len: u32) -> Result<(), Fault> {
     let buffer = buffer(caller.data_mut(), BufferType::from_abi(kind)?)?;
     // As Envoy: an overflow is an error, a range past the end is cut.
     let end = start.checked_add(max).ok_or(Status::BadArgument)? as usize;
@@ -82,14 +75,7 @@ fn status(mut caller: Caller<'_, HostState>, kind: u32, to_len: u32, to_flags: u
 }
 
 /// Prepends, replaces or appends, and refuses a range in the middle, as Envoy does.
-fn set(
-    mut caller: Caller<'_, HostState>,
-    kind: u32,
-    start: u32,
-    len: u32,
-    at: u32,
-    at_len: u32,
-) -> Result<(), Fault> {
+fn set(mut caller: Caller<'_, HostState>, kind: u32, start: u32, len: u32, at: u32, at_len: u32) -> Result<(), Fault> {
     let kind = BufferType::from_abi(kind)?;
     let (memory, state) = split(&mut caller)?;
     let new = read(memory, at, at_len)?;

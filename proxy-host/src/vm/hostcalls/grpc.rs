@@ -23,7 +23,8 @@ pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
          metadata: u32,
          metadata_len: u32,
          to: u32| {
-            let target = [(upstream, upstream_len), (service, service_len), (method, method_len), (metadata, metadata_len)];
+            let target =
+                [(upstream, upstream_len), (service, service_len), (method, method_len), (metadata, metadata_len)];
             finish(open(caller, target, None, to))
         },
     )?;
@@ -43,7 +44,8 @@ pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
          message_len: u32,
          timeout: u32,
          to: u32| {
-            let target = [(upstream, upstream_len), (service, service_len), (method, method_len), (metadata, metadata_len)];
+            let target =
+                [(upstream, upstream_len), (service, service_len), (method, method_len), (metadata, metadata_len)];
             finish(open(caller, target, Some(((message, message_len), timeout)), to))
         },
     )?;
@@ -63,9 +65,7 @@ pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
     linker.func_wrap(
         ENV,
         "proxy_get_status",
-        |caller: Caller<'_, HostState>, to_code: u32, to: u32, to_len: u32| {
-            finish(status(caller, to_code, to, to_len))
-        },
+        |caller: Caller<'_, HostState>, to_code: u32, to: u32, to_len: u32| finish(status(caller, to_code, to, to_len)),
     )?;
     Ok(())
 }

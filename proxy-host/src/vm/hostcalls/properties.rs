@@ -92,26 +92,25 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
         map.get(name).map(|value| value.as_bytes().to_vec())
     };
     let at_question = |path: &[u8]| path.iter().position(|byte| *byte == b'?');
-    let value = match path {
-        [b"request", b"path"] => whole_path().map(<[u8]>::to_vec),
-        [b"request", b"url_path"] => {
-            whole_path().map(|path| path.get(..at_question(path).unwrap_or(path.len())).unwrap_or_default().to_vec())
-        }
-        [b"request", b"query"] => {
-            whole_path().map(|path| at_question(path).and_then(|at| path.get(at + 1..)).unwrap_or_default().to_vec())
-        }
-        [b"request", b"host"] => request.authority.as_ref().map(|value| value.as_bytes().to_vec()),
-        [b"request", b"scheme"] => request.scheme.as_ref().map(|value| value.as_bytes().to_vec()),
-        [b"request", b"method"] => Some(request.method.as_str().as_bytes().to_vec()),
-        [b"request", b"referer"] => header(&request.headers, b"referer"),
-        [b"request", b"useragent"] => header(&request.headers, b"user-agent"),
-        [b"request", b"id"] => header(&request.headers, b"x-request-id"),
-        [b"request", b"headers", name] => header(&request.headers, name),
-        [b"response", b"code"] => Some(i64::from(http.response.status.as_u16()).to_le_bytes().to_vec()),
-        [b"response", b"headers", name] => header(&http.response.headers, name),
-        [b"response", b"trailers", name] => header(&http.response_trailers, name),
-        _ => None,
-    };
+    let value =
+        match path {
+            [b"request", b"path"] => whole_path().map(<[u8]>::to_vec),
+            [b"request", b"url_path"] => whole_path()
+                .map(|path| path.get(..at_question(path).unwrap_or(path.len())).unwrap_or_default().to_vec()),
+            [b"request", b"query"] => whole_path()
+                .map(|path| at_question(path).and_then(|at| path.get(at + 1..)).unwrap_or_default().to_vec()),
+            [b"request", b"host"] => request.authority.as_ref().map(|value| value.as_bytes().to_vec()),
+            [b"request", b"scheme"] => request.scheme.as_ref().map(|value| value.as_bytes().to_vec()),
+            [b"request", b"method"] => Some(request.method.as_str().as_bytes().to_vec()),
+            [b"request", b"referer"] => header(&request.headers, b"referer"),
+            [b"request", b"useragent"] => header(&request.headers, b"user-agent"),
+            [b"request", b"id"] => header(&request.headers, b"x-request-id"),
+            [b"request", b"headers", name] => header(&request.headers, name),
+            [b"response", b"code"] => Some(i64::from(http.response.status.as_u16()).to_le_bytes().to_vec()),
+            [b"response", b"headers", name] => header(&http.response.headers, name),
+            [b"response", b"trailers", name] => header(&http.response_trailers, name),
+            _ => None,
+        };
     match value {
         Some(value) => {
             out.extend_from_slice(&value);
@@ -121,11 +120,7 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
     }
 }
 
-fn set(
-    mut caller: Caller<'_, HostState>,
-    (path, path_len): (u32, u32),
-    (at, len): (u32, u32),
-) -> Result<(), Fault> {
+fn set(mut caller: Caller<'_, HostState>, (path, path_len): (u32, u32), (at, len): (u32, u32)) -> Result<(), Fault> {
     let (memory, state) = split(&mut caller)?;
     let path = read(memory, path, path_len)?;
     let value = Bytes::copy_from_slice(read(memory, at, len)?);

@@ -58,14 +58,7 @@ fn get(
     give(&mut caller, &value, to, to_len)
 }
 
-fn set(
-    mut caller: Caller<'_, HostState>,
-    key: u32,
-    key_len: u32,
-    at: u32,
-    len: u32,
-    cas: u32,
-) -> Result<(), Fault> {
+fn set(mut caller: Caller<'_, HostState>, key: u32, key_len: u32, at: u32, len: u32, cas: u32) -> Result<(), Fault> {
     let (memory, state) = split(&mut caller)?;
     Ok(state.shared.set(&state.vm_id, read(memory, key, key_len)?, read(memory, at, len)?, cas)?)
 }
@@ -78,14 +71,7 @@ fn register(mut caller: Caller<'_, HostState>, name: u32, len: u32, to: u32) -> 
     Ok(write_u32(memory, to, id)?)
 }
 
-fn resolve(
-    mut caller: Caller<'_, HostState>,
-    vm: u32,
-    vm_len: u32,
-    name: u32,
-    len: u32,
-    to: u32,
-) -> Result<(), Fault> {
+fn resolve(mut caller: Caller<'_, HostState>, vm: u32, vm_len: u32, name: u32, len: u32, to: u32) -> Result<(), Fault> {
     let (memory, state) = split(&mut caller)?;
     let id = state.shared.resolve_queue(read_str(memory, vm, vm_len)?, read(memory, name, len)?)?;
     Ok(write_u32(memory, to, id)?)

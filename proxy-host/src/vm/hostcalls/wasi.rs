@@ -47,9 +47,13 @@ pub(super) fn link(linker: &mut Linker<HostState>, module: &Module) -> wasmtime:
     linker.func_wrap(WASI, "fd_fdstat_get", |caller: Caller<'_, HostState>, fd: u32, to: u32| {
         errno(fdstat(caller, fd, to))
     })?;
-    linker.func_wrap(WASI, "fd_fdstat_set_flags", |_: Caller<'_, HostState>, fd: u32, _: u32| {
-        if fd <= 2 { SUCCESS } else { BADF }
-    })?;
+    linker.func_wrap(
+        WASI,
+        "fd_fdstat_set_flags",
+        |_: Caller<'_, HostState>, fd: u32, _: u32| {
+            if fd <= 2 { SUCCESS } else { BADF }
+        },
+    )?;
     linker.func_wrap(WASI, "fd_close", |_: Caller<'_, HostState>, _: u32| BADF)?;
     // "No such directory" ends the search for preopened ones.
     linker.func_wrap(WASI, "fd_prestat_get", |_: Caller<'_, HostState>, _: u32, _: u32| BADF)?;
