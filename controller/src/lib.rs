@@ -1,7 +1,11 @@
 //! The controller: Istio resources in, compiled snapshots, listener plans and clusters out.
 
+pub mod api;
 pub mod cluster;
 pub mod compile;
+pub mod config;
 pub mod model;
 pub mod publish;
 pub mod serve;
+pub mod source;
+pub mod validate;

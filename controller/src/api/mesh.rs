@@ -1,0 +1,188 @@
+//! Istio's MeshConfig: the fields that Portolan honours. Every other field is reported as ignored.
+
+use std::time::Duration;
+
+use crate::api::decode::{self, Fields, Path};
+use crate::config::tree::{Node, Value};
+use crate::model::{MeshConfig, OutboundMode};
+use crate::validate::finding::Issue;
+use crate::validate::predicates;
+
+const MODES: &[(&str, i32)] = &[("REGISTRY_ONLY", 0), ("ALLOW_ANY", 1), ("ALLOW_ANY_DYNAMIC_DNS", 3)];
+
+/// Reads a MeshConfig over Istio's defaults. With an error among the issues the result must not be used: a misspelt
+/// outbound policy must not open the mesh.
+pub fn read(root: &Node, issues: &mut Vec<Issue>) -> MeshConfig {
+    let mut mesh = MeshConfig::default();
+    let fields: &[_] = match &root.value {
+        Value::Map(fields) => fields,
+        Value::Null => &[],
+        _ => {
+            issues.push(Issue::refused("type", "", format!("a MeshConfig is an object, not {}", root.type_name())));
+            &[]
+        }
+    };
+    for field in fields {
+        let path = Path::root(&field.key);
+        let value = Some(&field.value);
+        if field.value.is_null() {
+            continue;
+        }
+        match field.key.as_str() {
+            "outboundTrafficPolicy" | "outbound_traffic_policy" => {
+                let mut policy = Fields::of(value, &path, issues);
+                let mode = policy.take("mode");
+                // The zero value of the enum, which an empty policy therefore means.
+                mesh.outbound = match decode::enumeration(mode, MODES, &path.field("mode"), issues) {
+                    0 => OutboundMode::RegistryOnly,
+                    1 => OutboundMode::AllowAny,
+                    3 => OutboundMode::AllowAnyDynamicDns,
+                    other => {
+                        issues.push(Issue::refused("enum", path.field("mode"), format!("no mode has number {other}")));
+                        OutboundMode::RegistryOnly
+                    }
+                };
+                policy.finish(&path, issues);
+            }
+            "proxyHttpPort" | "proxy_http_port" => {
+                let port = decode::uint32(value, &path, issues);
+                mesh.proxy_http_port = u16::try_from(port).ok().filter(|&port| port != 0);
+                if port != 0
+                    && let Err(message) = predicates::port(port)
+                {
+                    issues.push(Issue::refused("port-range", path, message));
+                }
+            }
+            "rootNamespace" | "root_namespace" => {
+                let namespace = decode::string(value, &path, issues);
+                if predicates::is_dns_label(&namespace) {
+                    mesh.root_namespace = namespace;
+                } else if !namespace.is_empty() {
+                    issues.push(Issue::refused("namespace", path, format!("{namespace:?} is no namespace")));
+                }
+            }
+            "trustDomain" | "trust_domain" => {
+                let domain = decode::string(value, &path, issues);
+                match predicates::fqdn(&domain) {
+                    _ if domain.is_empty() => {}
+                    Ok(()) => mesh.trust_domain = domain,
+                    Err(message) => issues.push(Issue::refused("trust-domain", path, message)),
+                }
+            }
+            "defaultServiceExportTo" | "default_service_export_to" => {
+                let entries = decode::strings(value, &path, issues);
+                for (index, entry) in entries.iter().enumerate() {
+                    if !matches!(entry.as_str(), "." | "*" | "~") && !predicates::is_dns_label(entry) {
+                        let message = "only ., *, ~ or a namespace is allowed";
+                        issues.push(Issue::refused("export-entry", path.item(index), message));
+                    }
+                }
+                if !entries.is_empty() {
+                    mesh.default_service_export_to = entries;
+                }
+            }
+            "connectTimeout" | "connect_timeout" => {
+                mesh.connect_timeout = duration(value, &path, issues).unwrap_or(mesh.connect_timeout);
+            }
+            "dnsRefreshRate" | "dns_refresh_rate" => {
+                mesh.dns_refresh_rate = duration(value, &path, issues).unwrap_or(mesh.dns_refresh_rate);
+            }
+            _ => issues.push(Issue::warned("ignored-field", path, "not supported by Portolan, ignored")),
+        }
+    }
+    mesh
+}
+
+fn duration(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Option<Duration> {
+    let text = decode::string(node, path, issues);
+    if text.is_empty() {
+        return None;
+    }
+    let Some(duration) = go_duration(&text) else {
+        issues.push(Issue::refused("duration", path, format!("{text:?} is no duration such as 10s")));
+        return None;
+    };
+    if duration < Duration::from_millis(1) || duration.subsec_nanos() % 1_000_000 != 0 {
+        let message = "duration must be at least 1ms and only durations to ms precision are supported";
+        issues.push(Issue::refused("duration", path, message));
+        return None;
+    }
+    Some(duration)
+}
+
+/// A duration as Go writes it: `1m30s`, `0.5s`, `250ms`. Negative ones are none.
+fn go_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let unit = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit);
+        let seconds = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return None,
+        };
+        let part = Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?;
+        // Binary fractions of a second are off by a nanosecond or so; nobody writes those.
+        let micros = u64::try_from((part.as_nanos() + 500) / 1000).ok()?;
+        total = total.checked_add(Duration::from_micros(micros))?;
+        rest = tail;
+    }
+    Some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::tree;
+
+    fn mesh(text: &str) -> (MeshConfig, Vec<Issue>) {
+        let mut issues = Vec::new();
+        let mesh = read(&tree::parse(text, 1).unwrap().root, &mut issues);
+        (mesh, issues)
+    }
+
+    #[test]
+    fn honoured_fields_are_read() {
+        let (mesh, issues) = mesh(
+            "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\nproxyHttpPort: 15080\nrootNamespace: sys\n\
+             trustDomain: td.example\ndefaultServiceExportTo: ['.']\nconnectTimeout: 1m0.25s\ndnsRefreshRate: 5s\n",
+        );
+        assert_eq!(issues, []);
+        assert_eq!(mesh.outbound, OutboundMode::RegistryOnly);
+        assert_eq!(mesh.proxy_http_port, Some(15080));
+        assert_eq!(mesh.root_namespace, "sys");
+        assert_eq!(mesh.trust_domain, "td.example");
+        assert_eq!(mesh.default_service_export_to, ["."]);
+        assert_eq!(mesh.connect_timeout, Duration::from_millis(60_250));
+        assert_eq!(mesh.dns_refresh_rate, Duration::from_secs(5));
+    }
+
+    #[test]
+    fn fields_that_do_nothing_are_told() {
+        let (_, issues) = mesh("enableTracing: true\n");
+        assert_eq!(issues.len(), 1);
+        assert_eq!((issues[0].code, issues[0].field.as_str(), issues[0].rejects()), ("ignored-field", "enableTracing", false));
+    }
+
+    #[test]
+    fn wrong_values_are_errors() {
+        for text in [
+            "outboundTrafficPolicy: {mode: REGISTRY_ONY}",
+            "proxyHttpPort: 70000",
+            "connectTimeout: 10",
+            "connectTimeout: 1us",
+            "defaultServiceExportTo: [a_b]",
+            "trustDomain: a_b",
+            "[]",
+        ] {
+            assert!(mesh(text).1.iter().any(Issue::rejects), "{text}");
+        }
+    }
+}
