@@ -1,0 +1,272 @@
+//! The streams as a subscriber sees them, over a pipe in memory.
+
+#[path = "compile/objects.rs"]
+mod objects;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use objects::*;
+use portolan_controller::embed::{Batch, Controller};
+use portolan_controller::model::Protocol::*;
+use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution};
+use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
+use portolan_proto::envoy::envoy::config::core::v3::Node;
+use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use portolan_proto::envoy::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use portolan_proto::v1::registry_client::RegistryClient;
+use portolan_proto::v1::{self, ListenerPlan, Subscribe, WatchRequest, WatchResponse, watch_request::Message as Say};
+use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL};
+use portolan_registry::page::FORMAT;
+use portolan_registry::snapshot::Snapshot;
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+async fn controller(objects: Vec<Object>) -> Controller {
+    let controller = Controller::start(blocking()).unwrap();
+    controller.apply(Batch::Changes(apply(objects))).await.unwrap();
+    controller
+}
+
+async fn channel(controller: &Controller) -> Channel {
+    let controller = controller.clone();
+    let connect = tower::service_fn(move |_| {
+        let pipe = controller.connect().map(hyper_util::rt::TokioIo::new).map_err(std::io::Error::other);
+        async move { pipe }
+    });
+    Endpoint::from_static("http://controller").connect_with_connector(connect).await.unwrap()
+}
+
+/// A subscriber of the registry stream with its snapshot.
+struct Subscriber {
+    say: mpsc::UnboundedSender<WatchRequest>,
+    hear: Streaming<WatchResponse>,
+    snapshot: Snapshot,
+}
+
+impl Subscriber {
+    async fn new(controller: &Controller, snapshot: Snapshot) -> Self {
+        let (say, requests) = mpsc::unbounded_channel();
+        let scope = v1::Scope { namespace: "default".into(), ips: vec!["1.1.1.1".into()], ..v1::Scope::default() };
+        let format = u32::from(FORMAT);
+        let held = if snapshot.is_empty() { Vec::new() } else { snapshot.held() };
+        let subscribe =
+            Subscribe { scope: Some(scope), subscriber: "test".into(), format, held, version: 0 };
+        say.send(WatchRequest { message: Some(Say::Subscribe(subscribe)) }).unwrap();
+        let mut client = RegistryClient::new(channel(controller).await);
+        let hear = client.watch(UnboundedReceiverStream::new(requests)).await.unwrap().into_inner();
+        Subscriber { say, hear, snapshot }
+    }
+
+    /// The next update: (version, bytes, pages).
+    async fn update(&mut self) -> (u64, usize, usize) {
+        let (mut bytes, mut pages) = (0, 0);
+        loop {
+            let part = self.hear.message().await.unwrap().unwrap();
+            assert!(part.encoded_len() <= 130 * 1024 + 1024, "part of {} bytes", part.encoded_len());
+            bytes += part.encoded_len();
+            pages += part.pages.len();
+            for id in part.removed {
+                self.snapshot.unstage(id);
+            }
+            for page in part.pages {
+                self.snapshot.stage(page.id, page.data).unwrap();
+            }
+            if part.last {
+                self.snapshot.commit(part.digest).unwrap();
+                return (part.version, bytes, pages);
+            }
+        }
+    }
+
+    fn ack(&self, version: u64) {
+        self.say.send(WatchRequest { message: Some(Say::Ack(v1::Ack { version })) }).unwrap();
+    }
+
+    fn nack(&self, version: u64) {
+        let reason = "for the test".into();
+        self.say.send(WatchRequest { message: Some(Say::Nack(v1::Nack { version, reason })) }).unwrap();
+    }
+}
+
+fn many(n: usize) -> Vec<Object> {
+    let host = |i| format!("host-{i}.example.com");
+    (0..n).map(|i| entry(se(&format!("e{i}"), &[&host(i)], &[(80, Http), (443, Tls)]))).collect()
+}
+
+fn one_more(name: &str, host: &str) -> Batch {
+    Batch::Changes(apply([entry(se(name, &[host], &[(80, Http), (443, Tls)]))]))
+}
+
+#[tokio::test]
+async fn snapshot_then_changes() {
+    let controller = controller(many(3000)).await;
+    let mut subscriber = Subscriber::new(&controller, Snapshot::new()).await;
+    let (version, bytes, pages) = subscriber.update().await;
+    println!("3,000 entries: {bytes} bytes in {pages} pages");
+    subscriber.ack(version);
+    controller.apply(one_more("e7", "changed.example.com")).await.unwrap();
+    let (version, bytes, pages) = subscriber.update().await;
+    println!("one entry that changes its host: {bytes} bytes in {pages} pages");
+    assert!(bytes <= 4096, "{bytes} bytes");
+    subscriber.ack(version);
+    controller.apply(Batch::Changes(vec![Change::Delete(many(9)[8].key())])).await.unwrap();
+    let (_, bytes, pages) = subscriber.update().await;
+    println!("one entry that goes: {bytes} bytes in {pages} pages");
+    assert!(bytes <= 4096, "{bytes} bytes");
+}
+
+#[tokio::test]
+async fn what_is_held_is_not_sent_again() {
+    let controller = controller(many(100)).await;
+    let mut first = Subscriber::new(&controller, Snapshot::new()).await;
+    let (version, ..) = first.update().await;
+    first.ack(version);
+    let mut again = Subscriber::new(&controller, std::mem::take(&mut first.snapshot)).await;
+    let (_, _, pages) = again.update().await;
+    assert_eq!(pages, 0);
+    assert!(again.snapshot.digest() != 0);
+}
+
+#[tokio::test]
+async fn refused_update_is_made_up_for_by_a_whole_one() {
+    let controller = controller(many(100)).await;
+    let mut subscriber = Subscriber::new(&controller, Snapshot::new()).await;
+    let (version, _, all) = subscriber.update().await;
+    subscriber.nack(version);
+    controller.apply(one_more("x", "x.example.com")).await.unwrap();
+    let (version, _, pages) = subscriber.update().await;
+    assert!(pages >= all, "{pages} pages of at least {all}");
+    subscriber.ack(version);
+    controller.apply(one_more("y", "y.example.com")).await.unwrap();
+    let (_, _, pages) = subscriber.update().await;
+    assert!(pages < all, "{pages} pages");
+    assert_eq!(controller.counters().nacks.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn other_format_is_refused() {
+    let controller = controller(Vec::new()).await;
+    let mut client = RegistryClient::new(channel(&controller).await);
+    let subscribe = Subscribe { format: 9999, ..Subscribe::default() };
+    let first = WatchRequest { message: Some(Say::Subscribe(subscribe)) };
+    let mut hear = client.watch(tokio_stream::iter([first])).await.unwrap().into_inner();
+    assert_eq!(hear.message().await.unwrap_err().code(), tonic::Code::FailedPrecondition);
+}
+
+/// A client of delta discovery.
+struct Discovery {
+    say: mpsc::UnboundedSender<DeltaDiscoveryRequest>,
+    hear: Streaming<DeltaDiscoveryResponse>,
+}
+
+impl Discovery {
+    async fn new(controller: &Controller, first: DeltaDiscoveryRequest) -> Self {
+        let (say, requests) = mpsc::unbounded_channel();
+        let id = "sidecar~1.1.1.1~app.default~default.svc.cluster.local".to_owned();
+        let node = Some(Node { id, ..Node::default() });
+        say.send(DeltaDiscoveryRequest { node, ..first }).unwrap();
+        let mut client = AggregatedDiscoveryServiceClient::new(channel(controller).await);
+        let stream = client.delta_aggregated_resources(UnboundedReceiverStream::new(requests));
+        Discovery { say, hear: stream.await.unwrap().into_inner() }
+    }
+
+    /// The next response: resources by name with their bytes, and removed names. It is acknowledged.
+    async fn next(&mut self) -> (BTreeMap<String, Vec<u8>>, Vec<String>, BTreeMap<String, String>) {
+        let response = self.hear.message().await.unwrap().unwrap();
+        let (type_url, response_nonce) = (response.type_url.clone(), response.nonce.clone());
+        self.say.send(DeltaDiscoveryRequest { type_url, response_nonce, ..Default::default() }).unwrap();
+        let versions = response.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
+        let resources = response.resources.into_iter().map(|r| (r.name, r.resource.unwrap().value)).collect();
+        (resources, response.removed_resources, versions)
+    }
+}
+
+fn ask(url: &str, names: &[&str]) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: url.into(),
+        resource_names_subscribe: names.iter().map(|n| (*n).to_owned()).collect(),
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn clusters_come_on_demand_and_change_with_their_entries() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(80, Http)]))]).await;
+    let a = "outbound|80||a.com";
+    let late = "outbound|80||late.com";
+    let mut client = Discovery::new(&controller, ask(CLUSTER_TYPE_URL, &[a, late])).await;
+    let (got, removed, versions) = client.next().await;
+    assert_eq!((got.keys().map(String::as_str).collect::<Vec<_>>(), removed), (vec![a], vec![late.to_owned()]));
+
+    controller.apply(one_more("other", "other.com")).await.unwrap();
+    controller.apply(one_more("late", "late.com")).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.keys().map(String::as_str).collect::<Vec<_>>(), removed.len()), (vec![late], 0), "nobody hears of other.com");
+
+    let moved = entry(se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = vec![endpoint("10.0.0.2")]));
+    controller.apply(Batch::Changes(apply([moved.clone()]))).await.unwrap();
+    let (got, _, _) = client.next().await;
+    assert!(format!("{:?}", Cluster::decode(&got[a][..]).unwrap()).contains("10.0.0.2"));
+
+    controller.apply(Batch::Changes(vec![Change::Delete(moved.key())])).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.len(), removed), (0, vec![a.to_owned()]));
+
+    // A client that comes back with an old version hears of what is gone.
+    let resumed = DeltaDiscoveryRequest {
+        initial_resource_versions: versions.into_iter().collect(),
+        ..ask(CLUSTER_TYPE_URL, &[a])
+    };
+    let (got, removed, _) = Discovery::new(&controller, resumed).await.next().await;
+    assert_eq!((got.len(), removed), (0, vec![a.to_owned()]));
+}
+
+#[tokio::test]
+async fn workload_changes_reach_those_who_hold_the_cluster() {
+    let select = se("s", &["s.com"], &[(80, Http)]).with(|e| {
+        e.endpoints.clear();
+        e.workload_selector = Some(labels(&[("app", "x")]));
+    });
+    let dns = se("d", &["d.com"], &[(80, Http)]).with(resolution(Resolution::Dns)).with(|e| {
+        e.workload_selector = Some(labels(&[("app", "x")]));
+    });
+    let controller = controller(vec![entry(select), entry(dns)]).await;
+    let (s, d) = ("outbound|80||s.com", "outbound|80||d.com");
+    let mut client = Discovery::new(&controller, ask(CLUSTER_TYPE_URL, &[s, d])).await;
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.contains_key(s), removed), (true, vec![d.to_owned()]), "DNS without endpoints is no cluster");
+    let vm = workload(we("vm", "10.3.3.3", &[("app", "x")]));
+    controller.apply(Batch::Changes(apply([vm]))).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.len(), removed.len()), (2, 0));
+}
+
+#[tokio::test]
+async fn plans_follow_the_ports() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(80, Http)]))]).await;
+    let mut client = Discovery::new(&controller, ask(LISTENER_PLAN_TYPE_URL, &["*"])).await;
+    let (got, _, versions) = client.next().await;
+    assert_eq!(got.keys().collect::<Vec<_>>(), ["0", "80"]);
+
+    controller.apply(one_more("b", "b.com")).await.unwrap();
+    let (got, _, _) = client.next().await;
+    assert_eq!(got.keys().collect::<Vec<_>>(), ["443"]);
+    assert!(ListenerPlan::decode(&got["443"][..]).unwrap().wildcard.unwrap().tls);
+
+    controller.apply(Batch::Changes(vec![Change::Delete(many(1)[0].key())])).await.unwrap();
+    let mesh = MeshConfig { outbound: OutboundMode::AllowAnyDynamicDns, ..MeshConfig::default() };
+    controller.apply(Batch::Mesh(mesh)).await.unwrap();
+    let (got, _, _) = client.next().await;
+    assert_eq!(got.keys().collect::<Vec<_>>(), ["0"]);
+
+    let resumed = DeltaDiscoveryRequest {
+        initial_resource_versions: versions.into_iter().collect(),
+        ..ask(LISTENER_PLAN_TYPE_URL, &["*"])
+    };
+    let (got, _, _) = Discovery::new(&controller, resumed).await.next().await;
+    assert_eq!(got.keys().collect::<Vec<_>>(), ["0", "443"], "port 80 is held as it is");
+}
