@@ -2,7 +2,7 @@ use portolan_registry::row::CatchAll;
 
 use super::*;
 use crate::host::fake::{Call, Fake};
-use crate::testing::{CONFIGURATION, STATUSES, configured, ready};
+use crate::testing::{CONFIGURATION, ROOT, STATUSES, configured, ready};
 
 const CLEAR: fn() -> Call = || Call::Foreign("clear_route_cache".into(), vec![]);
 
@@ -137,6 +137,23 @@ fn before_the_first_snapshot_the_configuration_decides() {
     expected.extend(routed(PASSTHROUGH_CLUSTER).1);
     assert_eq!((action, calls), (Action::Continue, expected));
     assert_eq!(open.host.metrics().get("portolan.http.route.no_snapshot"), Some(&1));
+}
+
+#[test]
+fn what_passes_is_logged_at_debug_only() {
+    let headers: &[(&[u8], &[u8])] = &[(b":authority", b"a.com")];
+    let mut vm = ready(CatchAll::Block);
+    vm.host.set_property("destination\0address", b"192.0.2.1:80");
+    vm.host.set_headers(headers);
+    vm.on_request_headers();
+    let line = "portolan: a.com goes to outbound|80||a.com (host_exact: ServiceEntry n/entry)";
+    assert_eq!(vm.host.logs(), [line]);
+    // A host that does not say its level has that of Info.
+    vm.host.fail("log_level", 12);
+    assert!(vm.on_configure(ROOT));
+    vm.host.take_calls();
+    vm.on_request_headers();
+    assert_eq!(vm.host.logs(), [""; 0]);
 }
 
 #[test]

@@ -85,6 +85,7 @@ impl<H: Host> Vm<H> {
     /// A message has come on a stream.
     pub fn on_stream_message(&mut self, token: u32) {
         if self.is_open(token) {
+            self.refresh_log_level();
             match self.host.stream_message() {
                 Ok(message) => self.drive(|s| s.on_message(&message)),
                 Err(status) => {
