@@ -4,6 +4,7 @@ pub mod api;
 pub mod cluster;
 pub mod compile;
 pub mod config;
+pub mod embed;
 pub mod model;
 pub mod publish;
 pub mod serve;
