@@ -1,11 +1,12 @@
 //! The controller within another process: the same services as over TCP, through pipes in memory.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt;
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
@@ -13,6 +14,8 @@ use crate::compile::Conflict;
 use crate::model::{Change, MeshConfig};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
+use crate::source::yaml::{Batch, ReadError, YamlSource};
+use crate::validate::finding::{Finding, Severity};
 
 /// Bytes that a pipe holds in each direction before its writer waits.
 const PIPE: usize = 256 * 1024;
@@ -26,15 +29,18 @@ pub enum ControllerError {
     /// It has ended.
     #[error(transparent)]
     Ended(#[from] Ended),
+    /// The resources cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
 }
 
-/// One batch of what sources yield.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Batch {
-    /// Objects that came, changed or went.
-    Changes(Vec<Change>),
-    /// New settings of the mesh.
-    Mesh(MeshConfig),
+/// Where a controller's resources come from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ControllerConfig {
+    /// Files and directories of resources; they are watched.
+    pub paths: Vec<PathBuf>,
+    /// File of the mesh's settings; none: what a `mesh.yaml` among the resources says, or Istio's defaults.
+    pub mesh: Option<PathBuf>,
 }
 
 /// A controller: compiler and services. Clones share it, and it ends with the last of them.
@@ -43,15 +49,51 @@ pub struct Controller {
     publisher: Publisher,
     counters: Arc<Counters>,
     pipes: mpsc::UnboundedSender<std::io::Result<DuplexStream>>,
+    /// The task that follows the source.
+    source: Option<Arc<Follower>>,
+}
+
+/// Ends with the controller that it works for.
+#[derive(Debug)]
+struct Follower(JoinHandle<()>);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Controller {
-    /// Starts a controller without objects; they come by [`Controller::apply`]. To be called within a tokio runtime, on
+    /// Reads the resources, compiles them as scopes are asked for, and follows their changes. To be called within a
+    /// tokio runtime, on which the services run. What validation finds is logged.
+    ///
+    /// # Errors
+    /// A path that cannot be read, settings of the mesh that are wrong, or no thread to compile on.
+    pub async fn start(config: &ControllerConfig) -> Result<Self, ControllerError> {
+        let (mut source, loaded) = YamlSource::load(&config.paths, config.mesh.as_deref())?;
+        log(&loaded.findings);
+        let mut controller = Self::empty(loaded.mesh)?;
+        controller.apply(loaded.changes).await?;
+        let publisher = controller.publisher.clone();
+        let follow = tokio::spawn(async move {
+            loop {
+                let batch = source.next().await;
+                log(&batch.findings);
+                if take(&publisher, batch).await.is_err() {
+                    return;
+                }
+            }
+        });
+        controller.source = Some(Arc::new(Follower(follow)));
+        Ok(controller)
+    }
+
+    /// Starts a controller without resources; they come by [`Controller::apply`]. To be called within a tokio runtime, on
     /// which the services run.
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub fn start(mesh: MeshConfig) -> Result<Self, ControllerError> {
+    pub fn empty(mesh: MeshConfig) -> Result<Self, ControllerError> {
         let publisher = Publisher::start(mesh)?;
         let counters = Arc::new(Counters::default());
         let (pipes, incoming) = mpsc::unbounded_channel();
@@ -62,32 +104,15 @@ impl Controller {
                 tracing::error!(%error, "the services in memory have ended");
             }
         });
-        Ok(Controller { publisher, counters, pipes })
+        Ok(Controller { publisher, counters, pipes, source: None })
     }
 
-    /// Takes in one batch; returns when it is published, with the conflicts that it met.
+    /// Takes in one batch of changes; returns when it is published, with the conflicts that it met.
     ///
     /// # Errors
     /// When the compiler has ended.
-    pub async fn apply(&self, batch: Batch) -> Result<Vec<Conflict>, ControllerError> {
-        match batch {
-            Batch::Changes(changes) => Ok(self.publisher.apply(changes).await?),
-            Batch::Mesh(mesh) => {
-                self.publisher.set_mesh(mesh).await?;
-                Ok(Vec::new())
-            }
-        }
-    }
-
-    /// Takes in batches for as long as there are any.
-    ///
-    /// # Errors
-    /// When the compiler has ended.
-    pub async fn follow(&self, mut batches: impl tokio_stream::Stream<Item = Batch> + Unpin) -> Result<(), ControllerError> {
-        while let Some(batch) = batches.next().await {
-            self.apply(batch).await?;
-        }
-        Ok(())
+    pub async fn apply(&self, changes: Vec<Change>) -> Result<Vec<Conflict>, ControllerError> {
+        Ok(self.publisher.apply(changes).await?)
     }
 
     /// A connection to the services: HTTP/2 by prior knowledge is to be spoken on it.
@@ -108,5 +133,26 @@ impl Controller {
     /// What was served.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+}
+
+async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
+    if let Some(mesh) = batch.mesh {
+        publisher.set_mesh(mesh).await?;
+    }
+    for conflict in publisher.apply(batch.changes).await? {
+        tracing::info!(subject = conflict.subject, rule = ?conflict.rule, winner = ?conflict.winner, "conflict");
+    }
+    Ok(())
+}
+
+fn log(findings: &[Finding]) {
+    for f in findings {
+        let place = format!("{}:{}", f.file, f.line);
+        let (object, field) = (format!("{} {}/{}", f.kind, f.namespace, f.name), &f.field);
+        match f.severity {
+            Severity::Error => tracing::error!(place, object, field, code = %f.code, "{}", f.message),
+            Severity::Warning => tracing::warn!(place, object, field, code = %f.code, "{}", f.message),
+        }
     }
 }

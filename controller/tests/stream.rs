@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use objects::*;
-use portolan_controller::embed::{Batch, Controller};
+use portolan_controller::embed::Controller;
 use portolan_controller::model::Protocol::*;
 use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution};
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
@@ -26,8 +26,8 @@ use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
 async fn controller(objects: Vec<Object>) -> Controller {
-    let controller = Controller::start(blocking()).unwrap();
-    controller.apply(Batch::Changes(apply(objects))).await.unwrap();
+    let controller = Controller::empty(blocking()).unwrap();
+    controller.apply(apply(objects)).await.unwrap();
     controller
 }
 
@@ -97,8 +97,8 @@ fn many(n: usize) -> Vec<Object> {
     (0..n).map(|i| entry(se(&format!("e{i}"), &[&host(i)], &[(80, Http), (443, Tls)]))).collect()
 }
 
-fn one_more(name: &str, host: &str) -> Batch {
-    Batch::Changes(apply([entry(se(name, &[host], &[(80, Http), (443, Tls)]))]))
+fn one_more(name: &str, host: &str) -> Vec<Change> {
+    apply([entry(se(name, &[host], &[(80, Http), (443, Tls)]))])
 }
 
 #[tokio::test]
@@ -113,7 +113,7 @@ async fn snapshot_then_changes() {
     println!("one entry that changes its host: {bytes} bytes in {pages} pages");
     assert!(bytes <= 4096, "{bytes} bytes");
     subscriber.ack(version);
-    controller.apply(Batch::Changes(vec![Change::Delete(many(9)[8].key())])).await.unwrap();
+    controller.apply(vec![Change::Delete(many(9)[8].key())]).await.unwrap();
     let (_, bytes, pages) = subscriber.update().await;
     println!("one entry that goes: {bytes} bytes in {pages} pages");
     assert!(bytes <= 4096, "{bytes} bytes");
@@ -208,11 +208,11 @@ async fn clusters_come_on_demand_and_change_with_their_entries() {
     assert_eq!((got.keys().map(String::as_str).collect::<Vec<_>>(), removed.len()), (vec![late], 0), "nobody hears of other.com");
 
     let moved = entry(se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = vec![endpoint("10.0.0.2")]));
-    controller.apply(Batch::Changes(apply([moved.clone()]))).await.unwrap();
+    controller.apply(apply([moved.clone()])).await.unwrap();
     let (got, _, _) = client.next().await;
     assert!(format!("{:?}", Cluster::decode(&got[a][..]).unwrap()).contains("10.0.0.2"));
 
-    controller.apply(Batch::Changes(vec![Change::Delete(moved.key())])).await.unwrap();
+    controller.apply(vec![Change::Delete(moved.key())]).await.unwrap();
     let (got, removed, _) = client.next().await;
     assert_eq!((got.len(), removed), (0, vec![a.to_owned()]));
 
@@ -240,7 +240,7 @@ async fn workload_changes_reach_those_who_hold_the_cluster() {
     let (got, removed, _) = client.next().await;
     assert_eq!((got.contains_key(s), removed), (true, vec![d.to_owned()]), "DNS without endpoints is no cluster");
     let vm = workload(we("vm", "10.3.3.3", &[("app", "x")]));
-    controller.apply(Batch::Changes(apply([vm]))).await.unwrap();
+    controller.apply(apply([vm])).await.unwrap();
     let (got, removed, _) = client.next().await;
     assert_eq!((got.len(), removed.len()), (2, 0));
 }
@@ -257,9 +257,9 @@ async fn plans_follow_the_ports() {
     assert_eq!(got.keys().collect::<Vec<_>>(), ["443"]);
     assert!(ListenerPlan::decode(&got["443"][..]).unwrap().wildcard.unwrap().tls);
 
-    controller.apply(Batch::Changes(vec![Change::Delete(many(1)[0].key())])).await.unwrap();
+    controller.apply(vec![Change::Delete(many(1)[0].key())]).await.unwrap();
     let mesh = MeshConfig { outbound: OutboundMode::AllowAnyDynamicDns, ..MeshConfig::default() };
-    controller.apply(Batch::Mesh(mesh)).await.unwrap();
+    controller.publisher().set_mesh(mesh).await.unwrap();
     let (got, _, _) = client.next().await;
     assert_eq!(got.keys().collect::<Vec<_>>(), ["0"]);
 
