@@ -19,5 +19,6 @@ if ! "$venv/bin/python" -c 'import yaml, h2' 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install -q pyyaml h2
 fi
-mapfile -t cases < <("$venv/bin/python" select_cases.py "$@")
-exec "$venv/bin/python" rig.py check ./sut-proxy-host "${cases[@]}" differences/* examples/*
+PATH=$(cd "$venv/bin" && pwd):$PATH
+mapfile -t cases < <(python select_cases.py "$@")
+exec python rig.py check ./sut-proxy-host "${cases[@]}" differences/* examples/*
