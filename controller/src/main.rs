@@ -19,7 +19,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Check Istio resources as a cluster would, before they get there
+    // Its help stands with its arguments.
     Validate(commands::validate::Validate),
 }
 

@@ -17,43 +17,53 @@ pub fn is_config(path: &Path) -> bool {
 /// # Errors
 /// A path that does not exist or a directory that cannot be listed, with its name.
 pub fn list(paths: &[PathBuf]) -> Result<BTreeSet<PathBuf>, (PathBuf, io::Error)> {
-    let mut files = BTreeSet::new();
-    let mut seen = BTreeSet::new();
+    let mut found = Walk::default();
     for path in paths {
         let kind = std::fs::metadata(path).map_err(|error| (path.clone(), error))?;
         if kind.is_dir() {
-            walk(path, &mut files, &mut seen).map_err(|error| (path.clone(), error))?;
+            found.walk(path).map_err(|error| (path.clone(), error))?;
         } else {
-            files.insert(path.clone());
+            found.files.insert(path.clone());
         }
     }
-    Ok(files)
+    Ok(found.files)
 }
 
-/// The directories below `path`, itself included, that [`list`] would look into.
+/// The directories below `path`, itself included, that [`list`] looks into.
 pub fn directories(path: &Path) -> BTreeSet<PathBuf> {
-    let mut seen = BTreeSet::new();
+    let mut found = Walk::default();
     // What cannot be listed has no files to watch either; `list` reports it.
-    let _ = walk(path, &mut BTreeSet::new(), &mut seen);
-    seen
+    let _ = found.walk(path);
+    found.directories
 }
 
-fn walk(directory: &Path, files: &mut BTreeSet<PathBuf>, seen: &mut BTreeSet<PathBuf>) -> io::Result<()> {
-    if !seen.insert(directory.canonicalize()?) {
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
-            continue;
+#[derive(Default)]
+struct Walk {
+    files: BTreeSet<PathBuf>,
+    directories: BTreeSet<PathBuf>,
+    /// Real paths, so that a link to a directory above does not go round.
+    seen: BTreeSet<PathBuf>,
+}
+
+impl Walk {
+    fn walk(&mut self, directory: &Path) -> io::Result<()> {
+        if !self.seen.insert(directory.canonicalize()?) {
+            return Ok(());
         }
-        // An entry that vanished meanwhile, or a dangling link, is no file.
-        let Ok(kind) = std::fs::metadata(&path) else { continue };
-        if kind.is_dir() {
-            walk(&path, files, seen)?;
-        } else if kind.is_file() && is_config(&path) {
-            files.insert(path);
+        self.directories.insert(directory.to_owned());
+        for entry in std::fs::read_dir(directory)? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
+                continue;
+            }
+            // An entry that vanished meanwhile, or a dangling link, is no file.
+            let Ok(kind) = std::fs::metadata(&path) else { continue };
+            if kind.is_dir() {
+                self.walk(&path)?;
+            } else if kind.is_file() && is_config(&path) {
+                self.files.insert(path);
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

@@ -1,3 +1,5 @@
 //! Where resources come from.
 
 pub mod read;
+mod watch;
+pub mod yaml;

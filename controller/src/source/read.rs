@@ -17,7 +17,7 @@ pub enum Outcome {
     /// A resource that was refused, so that its last good version stays.
     Refused(ObjectKey),
     /// The mesh configuration; `None` if it was refused.
-    Mesh(Option<MeshConfig>),
+    Mesh(Option<Box<MeshConfig>>),
     /// Text or metadata that cannot be read, so that nobody knows which resource it was meant to be.
     Unreadable,
 }
@@ -114,7 +114,7 @@ impl Reader<'_> {
         if version.is_empty() && kind.is_empty() {
             if self.is_mesh_file(root) {
                 let mesh = self.mesh(root);
-                self.outcomes.push(Outcome::Mesh(mesh));
+                self.outcomes.push(Outcome::Mesh(mesh.map(Box::new)));
             } else {
                 let issue = Issue::refused("no-kind", "", "no resource: apiVersion and kind are missing");
                 self.finding(root.line, issue, &Name::default());
@@ -211,7 +211,7 @@ impl Reader<'_> {
                 None
             }
         };
-        self.outcomes.push(Outcome::Mesh(mesh));
+        self.outcomes.push(Outcome::Mesh(mesh.map(Box::new)));
         true
     }
 }

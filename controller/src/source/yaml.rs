@@ -1,0 +1,464 @@
+//! Resources from files: loaded once, then watched.
+//!
+//! What is wrong never takes away what was good. A resource whose new version is refused keeps its last good one; so do
+//! all resources of a file that cannot be read, and those missing from a file of which some part cannot be read. Of a
+//! file that changed only the documents that changed are read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::{documents, files};
+use crate::model::{Change, MeshConfig, Object, ObjectKey};
+use crate::source::read::{self, Outcome};
+use crate::source::watch::{Due, Watcher};
+use crate::validate::conflict::{self, Placed};
+use crate::validate::finding::{Finding, Severity};
+
+/// How long a file may be empty before that counts: many programs empty a file before they write it.
+const EMPTY: Duration = Duration::from_millis(250);
+/// When to look for a directory again that is gone.
+const GONE: Duration = Duration::from_millis(500);
+
+/// Why a source cannot start. All of them are the fault of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A file or directory cannot be read.
+    #[error("{}: {source}", path.display())]
+    Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The mesh configuration has errors. To go on with another one might open what it closes.
+    #[error("mesh configuration refused: {}", findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Mesh {
+        /// Its errors.
+        findings: Vec<Finding>,
+    },
+    /// Files cannot be watched.
+    #[error("cannot watch for changes: {0}")]
+    Watch(#[from] notify::Error),
+}
+
+/// What a source begins with.
+#[derive(Debug)]
+pub struct Loaded {
+    /// One [`Change::Apply`] for each resource.
+    pub changes: Vec<Change>,
+    /// The mesh configuration, Istio's defaults if there is none.
+    pub mesh: MeshConfig,
+    /// Everything validation has to say, conflicts between resources included.
+    pub findings: Vec<Finding>,
+}
+
+/// What changed.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Changed resources, each at most once.
+    pub changes: Vec<Change>,
+    /// The mesh configuration, if it changed.
+    pub mesh: Option<MeshConfig>,
+    /// What validation has to say of the documents that changed.
+    pub findings: Vec<Finding>,
+}
+
+impl Batch {
+    fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.mesh.is_none() && self.findings.is_empty()
+    }
+}
+
+/// Files and directories of Istio YAML.
+pub struct YamlSource {
+    roots: Vec<Root>,
+    mesh_file: Option<(PathBuf, Arc<str>)>,
+    /// What the mesh file last said.
+    explicit_mesh: Option<MeshConfig>,
+    files: BTreeMap<PathBuf, File>,
+    mesh: MeshConfig,
+    watcher: Watcher,
+}
+
+/// A path as it was given, and where that is.
+struct Root {
+    given: PathBuf,
+    absolute: PathBuf,
+}
+
+impl Root {
+    fn new(given: &Path) -> Result<Root, ReadError> {
+        let absolute = std::path::absolute(given).map_err(|source| ReadError::Path { path: given.into(), source })?;
+        Ok(Root { given: given.to_owned(), absolute })
+    }
+
+    /// What findings call the file.
+    fn name_of(&self, file: &Path) -> Option<Arc<str>> {
+        let below = file.strip_prefix(&self.absolute).ok()?;
+        let name = if below.as_os_str().is_empty() { self.given.clone() } else { self.given.join(below) };
+        Some(Arc::from(name.to_string_lossy()))
+    }
+}
+
+/// Tells one state of a file from another without reading it.
+type Stamp = (u64, u64, i64, i64);
+
+/// What is known of one file.
+#[derive(Default)]
+struct File {
+    stamp: Option<Stamp>,
+    /// Outcomes of documents that were read without error, by the hash of their text, with the line they began on.
+    documents: HashMap<u64, (u32, Vec<Outcome>)>,
+    /// The resources in force.
+    objects: HashMap<ObjectKey, Placed>,
+    mesh: Option<MeshConfig>,
+    /// Set when the file was found empty; the second time it counts.
+    emptied: bool,
+}
+
+impl YamlSource {
+    /// Reads everything that `paths` (files and directories) hold, and begins to watch them. `mesh` is a MeshConfig
+    /// file; without it one is looked for among the rest.
+    ///
+    /// # Errors
+    /// A path that cannot be read, a mesh configuration with errors, or no means to watch. Errors in resources are
+    /// findings instead.
+    pub fn load(paths: &[PathBuf], mesh: Option<&Path>) -> Result<(YamlSource, Loaded), ReadError> {
+        let roots = paths.iter().map(|path| Root::new(path)).collect::<Result<Vec<_>, _>>()?;
+        let mesh_file = mesh.map(Root::new).transpose()?.map(|root| {
+            let name = Arc::from(root.given.to_string_lossy());
+            (root.absolute, name)
+        });
+        let mut source = YamlSource {
+            roots,
+            mesh_file,
+            explicit_mesh: None,
+            files: BTreeMap::new(),
+            mesh: MeshConfig::default(),
+            watcher: Watcher::new()?,
+        };
+        for path in source.roots.iter().map(|root| &root.given).chain(mesh.map(Path::to_path_buf).iter()) {
+            std::fs::metadata(path).map_err(|source| ReadError::Path { path: path.clone(), source })?;
+        }
+        // Watch first: what changes while it is read is read again.
+        source.watch()?;
+        let mut findings = Vec::new();
+        if let Some((path, name)) = &source.mesh_file {
+            let text =
+                std::fs::read_to_string(path).map_err(|error| ReadError::Path { path: path.clone(), source: error })?;
+            let (mesh, found) = read::mesh(&text, name);
+            let Some(mesh) = mesh else { return Err(ReadError::Mesh { findings: found }) };
+            source.explicit_mesh = Some(mesh);
+            findings.extend(found);
+        }
+        let listing = source.list().map_err(|(path, source)| ReadError::Path { path, source })?;
+        for (path, name) in listing {
+            let stamp = stamp(&path);
+            match std::fs::read(&path).and_then(utf8) {
+                Ok(text) => {
+                    let (mut file, found) = File::default().reread(&text, &name);
+                    if text_has_refused_mesh(&found) && file.mesh.is_none() && source.explicit_mesh.is_none() {
+                        return Err(ReadError::Mesh { findings: found });
+                    }
+                    file.stamp = stamp;
+                    findings.extend(found);
+                    source.files.insert(path, file);
+                }
+                Err(error) if source.roots.iter().any(|root| root.absolute == path) => {
+                    return Err(ReadError::Path { path, source: error });
+                }
+                Err(error) => findings.push(unreadable(&name, &error)),
+            }
+        }
+        source.mesh = source.effective_mesh();
+        let all: Vec<Placed> = source.files.values().flat_map(File::in_order).cloned().collect();
+        let (objects, duplicates) = conflict::deduplicate(all);
+        findings.extend(duplicates);
+        findings.extend(conflict::between(&objects));
+        let changes = objects.into_iter().map(|placed| Change::Apply(placed.object)).collect();
+        let loaded = Loaded { changes, mesh: source.mesh.clone(), findings };
+        Ok((source, loaded))
+    }
+
+    /// Waits for changes. Must run in a tokio runtime with time; nothing is lost if the future is dropped.
+    pub async fn next(&mut self) -> Batch {
+        loop {
+            let due = self.watcher.next().await;
+            let batch = self.apply(due);
+            if !batch.is_empty() {
+                return batch;
+            }
+        }
+    }
+
+    fn apply(&mut self, due: Due) -> Batch {
+        let mut batch = Batch::default();
+        let mut rescan = due.rescan;
+        for path in due.paths {
+            if self.mesh_file.as_ref().is_some_and(|(mesh, _)| *mesh == path) {
+                self.reread_mesh(&mut batch);
+            } else if self.files.contains_key(&path) || files::is_config(&path) && !path.is_dir() {
+                if let Some(name) = self.name_of(&path) {
+                    self.refresh(&path, &name, &mut batch);
+                }
+            } else {
+                // A directory came or went, or the link that a mounted ConfigMap hangs on was turned.
+                rescan = true;
+            }
+        }
+        if rescan {
+            self.rescan(&mut batch);
+        }
+        let mesh = self.effective_mesh();
+        if mesh != self.mesh {
+            self.mesh = mesh.clone();
+            batch.mesh = Some(mesh);
+        }
+        for finding in batch.findings.iter().filter(|finding| finding.severity == Severity::Error) {
+            tracing::warn!(%finding, "configuration refused, the last good version stays");
+        }
+        batch
+    }
+
+    fn effective_mesh(&self) -> MeshConfig {
+        let found = self.files.values().rev().find_map(|file| file.mesh.as_ref());
+        self.explicit_mesh.as_ref().or(found).cloned().unwrap_or_default()
+    }
+
+    fn list(&self) -> Result<BTreeMap<PathBuf, Arc<str>>, (PathBuf, io::Error)> {
+        let roots: Vec<PathBuf> = self.roots.iter().map(|root| root.absolute.clone()).collect();
+        let mut found = files::list(&roots)?;
+        if let Some((mesh, _)) = &self.mesh_file {
+            found.remove(mesh);
+        }
+        Ok(found.into_iter().filter_map(|path| self.name_of(&path).map(|name| (path, name))).collect())
+    }
+
+    fn name_of(&self, path: &Path) -> Option<Arc<str>> {
+        // An explicit file may lie beside others that nobody asked for.
+        self.roots.iter().find_map(|root| root.name_of(path))
+    }
+
+    fn watch(&mut self) -> Result<(), notify::Error> {
+        let mut directories = BTreeSet::new();
+        let single = self.mesh_file.iter().map(|(path, _)| path.as_path());
+        for path in self.roots.iter().map(|root| root.absolute.as_path()).chain(single) {
+            if path.is_dir() {
+                directories.extend(files::directories(path));
+            } else if let Some(parent) = path.parent() {
+                directories.insert(parent.to_owned());
+            }
+        }
+        self.watcher.watch(directories)
+    }
+
+    fn rescan(&mut self, batch: &mut Batch) {
+        let listing = match self.list() {
+            Ok(listing) => listing,
+            Err((path, error)) => {
+                tracing::warn!(path = %path.display(), %error, "configuration cannot be listed, the last good state stays");
+                self.watcher.forget(&path);
+                return self.watcher.rescan(GONE);
+            }
+        };
+        if let Err(error) = self.watch() {
+            tracing::warn!(%error, "watching configuration files");
+            self.watcher.rescan(GONE);
+        }
+        let gone: Vec<PathBuf> = self.files.keys().filter(|path| !listing.contains_key(*path)).cloned().collect();
+        for path in gone {
+            self.replace(&path, None, batch);
+        }
+        for (path, name) in listing {
+            if self.files.get(&path).is_none_or(|file| file.stamp.is_none() || file.stamp != stamp(&path)) {
+                self.refresh(&path, &name, batch);
+            }
+        }
+        self.reread_mesh(batch);
+    }
+
+    fn reread_mesh(&mut self, batch: &mut Batch) {
+        let Some((path, name)) = &self.mesh_file else { return };
+        match std::fs::read(path).and_then(utf8) {
+            // Half-way through being written.
+            Ok(text) if text.is_empty() => {}
+            Ok(text) => {
+                let (mesh, findings) = read::mesh(&text, name);
+                if mesh.is_none() || mesh != self.explicit_mesh {
+                    batch.findings.extend(findings);
+                }
+                self.explicit_mesh = mesh.or(self.explicit_mesh.take());
+            }
+            Err(error) => batch.findings.push(unreadable(name, &error)),
+        }
+    }
+
+    /// Reads one file again, if it is still there.
+    fn refresh(&mut self, path: &Path, name: &Arc<str>, batch: &mut Batch) {
+        let stamp = stamp(path);
+        let text = match std::fs::read(path).and_then(utf8) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.replace(path, None, batch),
+            Err(error) => return batch.findings.push(unreadable(name, &error)),
+        };
+        let known = self.files.get_mut(path);
+        if let Some(file) = known.filter(|file| text.is_empty() && !file.objects.is_empty() && !file.emptied) {
+            file.emptied = true;
+            file.stamp = None;
+            return self.watcher.again(path.to_owned(), EMPTY);
+        }
+        let empty = File::default();
+        let (mut file, findings) = self.files.get(path).unwrap_or(&empty).reread(&text, name);
+        file.stamp = stamp;
+        batch.findings.extend(findings);
+        self.replace(path, Some(file), batch);
+    }
+
+    /// Puts a file's new state in place and says what that changes.
+    fn replace(&mut self, path: &Path, file: Option<File>, batch: &mut Batch) {
+        let nothing = HashMap::new();
+        let old = self.files.get(path).map_or(&nothing, |file| &file.objects);
+        let new = file.as_ref().map_or(&nothing, |file| &file.objects);
+        let same = |key: &ObjectKey| match (old.get(key), new.get(key)) {
+            (Some(old), Some(new)) => same_object(&old.object, &new.object),
+            (old, new) => old.is_none() && new.is_none(),
+        };
+        let touched: BTreeSet<ObjectKey> = old.keys().chain(new.keys()).filter(|key| !same(key)).cloned().collect();
+        let before: Vec<Option<Object>> = touched.iter().map(|key| self.winner(key).map(|p| p.object.clone())).collect();
+        match file {
+            Some(file) => self.files.insert(path.to_owned(), file),
+            None => self.files.remove(path),
+        };
+        for (key, before) in touched.into_iter().zip(before) {
+            let after = self.winner(&key);
+            let change = match (&before, after) {
+                (Some(before), Some(after)) if same_object(before, &after.object) => continue,
+                (None, None) => continue,
+                (_, Some(after)) => Change::Apply(after.object.clone()),
+                (Some(_), None) => Change::Delete(key.clone()),
+            };
+            if let (Some(after), true) = (after, before.is_some())
+                && let Some(other) = self.files.values().filter_map(|file| file.objects.get(&key)).find(|p| p.file != after.file)
+            {
+                batch.findings.push(conflict::duplicate(other, after));
+            }
+            // Two files of one batch may touch the same resource; what counts is the end.
+            batch.changes.retain(|earlier| change_key(earlier) != key);
+            batch.changes.push(change);
+        }
+    }
+
+    /// Of the files that hold a resource the last one counts.
+    fn winner(&self, key: &ObjectKey) -> Option<&Placed> {
+        self.files.values().rev().find_map(|file| file.objects.get(key))
+    }
+}
+
+impl File {
+    /// The state after the file became `text`, with what there is to say of documents that were not known.
+    fn reread(&self, text: &str, name: &Arc<str>) -> (File, Vec<Finding>) {
+        let mut file = File::default();
+        let mut findings = Vec::new();
+        let mut complete = true;
+        let mut mesh_refused = false;
+        for document in documents::split(text) {
+            let hash = hash(document.text);
+            let known = self.documents.get(&hash);
+            let (first, outcomes) = match known {
+                Some((first, outcomes)) => (*first, outcomes.clone()),
+                None => {
+                    let (outcomes, found) = read::document(&document, name);
+                    findings.extend(found);
+                    (document.line, outcomes)
+                }
+            };
+            let mut good = true;
+            for outcome in &outcomes {
+                match outcome {
+                    Outcome::Object(object, line) => {
+                        let line = document.line.saturating_add(line.saturating_sub(first));
+                        let placed = Placed { object: object.clone(), file: Arc::clone(name), line };
+                        if let Some(earlier) = file.objects.get(&object.key())
+                            && known.is_none()
+                        {
+                            findings.push(conflict::duplicate(earlier, &placed));
+                        }
+                        file.objects.insert(object.key(), placed);
+                    }
+                    Outcome::Refused(key) => {
+                        good = false;
+                        if let Some(last_good) = self.objects.get(key) {
+                            file.objects.entry(key.clone()).or_insert_with(|| last_good.clone());
+                        }
+                    }
+                    Outcome::Mesh(Some(mesh)) => file.mesh = Some((**mesh).clone()),
+                    Outcome::Mesh(None) => (good, mesh_refused) = (false, true),
+                    Outcome::Unreadable => (good, complete) = (false, false),
+                }
+            }
+            if good {
+                file.documents.insert(hash, (first, outcomes));
+            }
+        }
+        if !complete {
+            for (key, last_good) in &self.objects {
+                file.objects.entry(key.clone()).or_insert_with(|| last_good.clone());
+            }
+        }
+        if file.mesh.is_none() && (mesh_refused || !complete) {
+            file.mesh.clone_from(&self.mesh);
+        }
+        (file, findings)
+    }
+
+    /// The resources in the order of their lines.
+    fn in_order(&self) -> impl Iterator<Item = &Placed> {
+        let mut objects: Vec<&Placed> = self.objects.values().collect();
+        objects.sort_by_key(|placed| placed.line);
+        objects.into_iter()
+    }
+}
+
+fn text_has_refused_mesh(findings: &[Finding]) -> bool {
+    findings.iter().any(|finding| finding.kind == "MeshConfig" && finding.severity == Severity::Error)
+}
+
+/// Objects of unchanged documents are the same allocation, which spares the comparison.
+fn same_object(a: &Object, b: &Object) -> bool {
+    match (a, b) {
+        (Object::ServiceEntry(a), Object::ServiceEntry(b)) if Arc::ptr_eq(a, b) => true,
+        _ => a == b,
+    }
+}
+
+fn change_key(change: &Change) -> ObjectKey {
+    match change {
+        Change::Apply(object) => object.key(),
+        Change::Delete(key) => key.clone(),
+    }
+}
+
+fn hash(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    // The last document of a file ends differently from the others.
+    text.trim_end().hash(&mut hasher);
+    hasher.finish()
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()))
+}
+
+fn utf8(bytes: Vec<u8>) -> io::Result<String> {
+    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
+}
+
+fn unreadable(name: &Arc<str>, error: &io::Error) -> Finding {
+    read::about_file(name, "unreadable", Severity::Error, format!("cannot be read: {error}"))
+}

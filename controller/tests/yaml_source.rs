@@ -1,0 +1,191 @@
+//! Resources from files: what is read, what is told, and what stays when files go bad.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode};
+use portolan_controller::source::yaml::{Batch, Loaded, ReadError, YamlSource};
+use portolan_controller::validate::finding::Gate;
+
+fn entry(name: &str, host: &str) -> String {
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}}}\nspec:\n  hosts: [{host}]\n  \
+         ports: [{{number: 443, name: tls, protocol: TLS}}]\n  resolution: DNS\n"
+    )
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new(files: &[(&str, &str)]) -> Folder {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        for (name, text) in files {
+            folder.write(name, text);
+        }
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    fn load(&self) -> (YamlSource, Loaded) {
+        YamlSource::load(&[self.0.path().to_owned()], None).unwrap()
+    }
+}
+
+/// Hosts by entry name.
+fn hosts(changes: &[Change]) -> BTreeMap<String, String> {
+    changes
+        .iter()
+        .map(|change| match change {
+            Change::Apply(Object::ServiceEntry(entry)) => (entry.meta.name.clone(), entry.hosts.join(",")),
+            Change::Apply(other) => (other.meta().name.clone(), "other".into()),
+            Change::Delete(key) => (key.name.clone(), "deleted".into()),
+        })
+        .collect()
+}
+
+fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+}
+
+async fn next(source: &mut YamlSource) -> Batch {
+    tokio::time::timeout(Duration::from_secs(10), source.next()).await.expect("a batch follows a change")
+}
+
+#[test]
+fn one_bad_document_hides_no_other() {
+    let bomb = "---\na: &a [x,x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n\
+                d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]\n";
+    let text = [entry("a", "a.com"), "---\nx: y: z\n".into(), bomb.into(), entry("b", "b.com")].concat();
+    let folder = Folder::new(&[("deep/er/x.yml", &text), ("ignored.txt", "{")]);
+    let (_, loaded) = folder.load();
+    assert_eq!(hosts(&loaded.changes), map(&[("a", "a.com"), ("b", "b.com")]));
+    let found: Vec<(u32, &str)> = loaded.findings.iter().map(|f| (f.line, f.code)).collect();
+    assert_eq!(found, [(10, "syntax"), (16, "syntax")], "{:#?}", loaded.findings);
+}
+
+#[test]
+fn lists_json_old_versions_and_snake_case_are_read() {
+    let json = r#"{"apiVersion":"v1","kind":"List","items":[
+        {"apiVersion":"networking.istio.io/v1alpha3","kind":"ServiceEntry","metadata":{"name":"a"},
+         "spec":{"hosts":["a.com"],"export_to":["."],"ports":[{"number":"80","name":"http","protocol":"http","target_port":8080}],"resolution":2}},
+        {"apiVersion":"networking.istio.io/v1beta1","kind":"WorkloadEntry","metadata":{"name":"w","creationTimestamp":"1970-01-01T00:01:00Z"},
+         "spec":{"address":"10.0.0.1","service_account":"sa"},"status":{"conditions":[{"type":"Healthy","status":"False"}]}}]}"#;
+    let folder = Folder::new(&[("list.json", json)]);
+    let (_, loaded) = folder.load();
+    let [Change::Apply(Object::ServiceEntry(se)), Change::Apply(Object::WorkloadEntry(we))] = &loaded.changes[..] else {
+        panic!("{:?}", loaded.changes);
+    };
+    assert_eq!(se.export_to, ["."]);
+    assert_eq!((se.ports[0].number, se.ports[0].target_port), (80, Some(8080)));
+    assert_eq!((we.workload.service_account.as_str(), we.healthy, we.meta.created), ("sa", Some(false), 60));
+}
+
+#[test]
+fn findings_name_the_line_of_the_field() {
+    let text = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata:\n  name: a\nspec:\n  hosts:\n  - a.com\n  - b_c.com\n  \
+                ports:\n  - number: 443\n    name: tls\n    protocol: FOO\n  resolution: NONE\n";
+    let folder = Folder::new(&[("a.yaml", text)]);
+    let (_, loaded) = folder.load();
+    let found: Vec<(u32, &str)> =
+        loaded.findings.iter().filter(|f| f.gate == Gate::Webhook).map(|f| (f.line, f.field.as_str())).collect();
+    assert_eq!(found, [(8, "spec.hosts[1]"), (12, "spec.ports[0].protocol")]);
+    assert_eq!(loaded.changes, []);
+}
+
+#[test]
+fn of_one_resource_in_two_files_the_later_counts() {
+    let folder = Folder::new(&[("a.yaml", &entry("x", "first.com")), ("b.yaml", &entry("x", "second.com"))]);
+    let (_, loaded) = folder.load();
+    assert_eq!(hosts(&loaded.changes), map(&[("x", "second.com")]));
+    assert_eq!(loaded.findings.iter().map(|f| f.code).collect::<Vec<_>>(), ["duplicate-resource"]);
+}
+
+#[test]
+fn the_mesh_is_found_and_a_wrong_one_is_refused() {
+    let folder = Folder::new(&[("mesh.yaml", "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")]);
+    let (_, loaded) = folder.load();
+    assert_eq!(loaded.mesh, MeshConfig { outbound: OutboundMode::RegistryOnly, ..MeshConfig::default() });
+    folder.write("mesh.yaml", "outboundTrafficPolicy: {mode: REGISTRY_ONY}\n");
+    let result = YamlSource::load(&[folder.0.path().to_owned()], None);
+    assert!(matches!(result.map(|_| ()), Err(ReadError::Mesh { .. })));
+    let result = YamlSource::load(&[], Some(Path::new("/nowhere/mesh.yaml")));
+    assert!(matches!(result.map(|_| ()), Err(ReadError::Path { .. })));
+}
+
+#[tokio::test]
+async fn a_refused_version_keeps_the_last_good_one() {
+    let folder = Folder::new(&[("a.yaml", &[entry("x", "x.com"), entry("w", "y.com")].concat())]);
+    let (mut source, _) = folder.load();
+    folder.write("a.yaml", &[entry("x", "x_1.com"), entry("w", "y2.com")].concat());
+    let batch = next(&mut source).await;
+    assert_eq!(hosts(&batch.changes), map(&[("w", "y2.com")]));
+    assert_eq!(batch.findings[0].code, "host");
+    // Once it is well again it counts, and then it can go.
+    folder.write("a.yaml", &[entry("x", "x1.com"), entry("w", "y2.com")].concat());
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("x", "x1.com")]));
+    folder.write("a.yaml", &entry("w", "y2.com"));
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("x", "deleted")]));
+}
+
+#[tokio::test]
+async fn a_file_cut_short_takes_nothing_away() {
+    let text = [entry("x", "x.com"), entry("w", "y.com")].concat();
+    let folder = Folder::new(&[("a.yaml", &text)]);
+    let (mut source, _) = folder.load();
+    let cut = text.rfind("ports: [").unwrap() + 12;
+    folder.write("a.yaml", &text[..cut]);
+    let batch = next(&mut source).await;
+    assert_eq!((batch.changes, batch.findings[0].code), (vec![], "syntax"));
+}
+
+#[tokio::test]
+async fn files_come_and_go() {
+    let folder = Folder::new(&[("a.yaml", &entry("x", "x.com")), ("b.yaml", &entry("x", "later.com"))]);
+    let (mut source, _) = folder.load();
+    folder.write("sub/c.yaml", &entry("z", "z.com"));
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("z", "z.com")]));
+    std::fs::remove_file(folder.path("b.yaml")).unwrap();
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("x", "x.com")]));
+    std::fs::remove_dir_all(folder.path("sub")).unwrap();
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("z", "deleted")]));
+    folder.write("mesh.yaml", "proxyHttpPort: 15080\n");
+    assert_eq!(next(&mut source).await.mesh.unwrap().proxy_http_port, Some(15080));
+}
+
+#[tokio::test]
+async fn a_mounted_config_map_is_followed() {
+    let folder = Folder::new(&[("..1/a.yaml", &entry("x", "x.com")), ("..2/a.yaml", &entry("x", "x2.com"))]);
+    std::os::unix::fs::symlink("..1", folder.path("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/a.yaml", folder.path("a.yaml")).unwrap();
+    let (mut source, loaded) = folder.load();
+    assert_eq!(hosts(&loaded.changes), map(&[("x", "x.com")]));
+    std::os::unix::fs::symlink("..2", folder.path("..tmp")).unwrap();
+    std::fs::rename(folder.path("..tmp"), folder.path("..data")).unwrap();
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("x", "x2.com")]));
+}
+
+#[tokio::test]
+async fn a_change_is_a_batch_in_20_milliseconds() {
+    let many: String = (0..1000).map(|i| entry(&format!("e{i}"), &format!("h{i}.com"))).collect();
+    let folder = Folder::new(&[("a.yaml", &many)]);
+    let (mut source, _) = folder.load();
+    // The best of several tries: the machine may have other things to do.
+    let mut best = Duration::MAX;
+    for i in 0..10 {
+        folder.write("a.yaml", &many.replace("h500.com", &format!("new{i}.com")));
+        let written = Instant::now();
+        assert_eq!(hosts(&next(&mut source).await.changes), map(&[("e500", &format!("new{i}.com"))]));
+        best = best.min(written.elapsed());
+    }
+    assert!(best < Duration::from_millis(20), "{best:?}");
+}
