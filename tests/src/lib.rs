@@ -2,3 +2,4 @@
 
 pub mod origin;
 pub mod repo;
+pub mod wasm;
