@@ -2,9 +2,13 @@
 
 mod vm_support;
 
-use portolan_proxy_host::vm::{Engine, EngineError, Limits, Outcome, StartError, TrapKind, Vm, VmConfig};
+use bytes::Bytes;
+use portolan_proxy_host::vm::{
+    ContextId, Engine, EngineError, Limits, Outcome, PeerType, StartError, Trap, TrapKind, Vm, VmConfig,
+};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
-use vm_support::{config, env, guest, on_request, raw, request, start, start_with};
+use vm_support::{Rig, config, env, guest, on_request, raw, request, start, start_with};
 
 const MINIMAL: &str = r#"(memory (export "memory") 1)
     (func (export "proxy_abi_version_0_2_0"))
@@ -33,6 +37,98 @@ fn a_trap_is_an_error_and_the_vm_is_dead() {
 #[test]
 fn an_unknown_import_traps_only_when_it_is_called() {
     assert_eq!(kind_of("(call $unknown)"), TrapKind::Guest);
+}
+
+/// Runs one callback of a guest that traps in it, and in nothing else.
+fn trap_in(export: &str, signature: &str, event: impl Fn(&mut Rig) -> Result<(), Trap>) {
+    let result = if signature.contains("result") { "(i32.const 1)" } else { "" };
+    // Calls, so that there is something to answer.
+    let calls = r#"(func (export "proxy_on_queue_ready") (param i32 i32)
+        (drop (call $grpc_stream (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 1)
+          (i32.const 0) (i32.const 0) (i32.const 16)))
+        (drop (call $http_call (i32.const 0) (i32.const 1) (i32.const 1028) (i32.const 41) (i32.const 0) (i32.const 0)
+          (i32.const 0) (i32.const 0) (i32.const 9) (i32.const 16))))
+        (data (i32.const 1028) "\02\00\00\00\0a\00\00\00\01\00\00\00\05\00\00\00\01\00\00\00:authority\00a\00:path\00/\00")"#;
+    let engine = guest(&format!(r#"{calls} (func (export "{export}") {signature} unreachable {result})"#));
+    let mut rig = start(&engine);
+    rig.vm.on_queue_ready(rig.root.get(), 1).expect("the calls are made");
+    let trap = event(&mut rig).expect_err(export);
+    assert_eq!((trap.callback, trap.kind), (export, TrapKind::Guest));
+    assert!(rig.vm.is_dead());
+    assert!(!start(&engine).vm.is_dead(), "a fresh instance works");
+}
+
+#[test]
+fn a_trap_in_each_stream_callback_is_an_error() {
+    type Event = fn(&mut Vm, ContextId) -> Result<Outcome, Trap>;
+    let http: [(&str, &str, Event); 6] = [
+        ("proxy_on_request_headers", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_request_headers(id, false)),
+        ("proxy_on_request_body", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_request_body(id, false)),
+        ("proxy_on_request_trailers", "(param i32 i32) (result i32)", |vm, id| vm.on_request_trailers(id)),
+        ("proxy_on_response_headers", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_response_headers(id, false)),
+        ("proxy_on_response_body", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_response_body(id, false)),
+        ("proxy_on_response_trailers", "(param i32 i32) (result i32)", |vm, id| vm.on_response_trailers(id)),
+    ];
+    for (export, signature, event) in http {
+        trap_in(export, signature, |rig| {
+            let stream = rig.http(request());
+            event(&mut rig.vm, stream).map(|_| ())
+        });
+    }
+    let network: [(&str, &str, Event); 3] = [
+        ("proxy_on_new_connection", "(param i32) (result i32)", |vm, id| vm.on_new_connection(id)),
+        ("proxy_on_downstream_data", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_downstream_data(id, false)),
+        ("proxy_on_upstream_data", "(param i32 i32 i32) (result i32)", |vm, id| vm.on_upstream_data(id, false)),
+    ];
+    for (export, signature, event) in network {
+        trap_in(export, signature, |rig| {
+            let stream = rig.vm.create_network(rig.root, Rc::new(())).expect("a stream");
+            event(&mut rig.vm, stream).map(|_| ())
+        });
+    }
+}
+
+#[test]
+fn a_trap_in_each_end_of_a_stream_is_an_error() {
+    for (export, signature) in [
+        ("proxy_on_done", "(param i32) (result i32)"),
+        ("proxy_on_log", "(param i32)"),
+        ("proxy_on_delete", "(param i32)"),
+    ] {
+        trap_in(export, signature, |rig| {
+            let stream = rig.http(request());
+            rig.vm.finish(stream)
+        });
+    }
+    trap_in("proxy_on_downstream_connection_close", "(param i32 i32)", |rig| {
+        let stream = rig.vm.create_network(rig.root, Rc::new(())).expect("a stream");
+        rig.vm.on_downstream_connection_close(stream, PeerType::Remote)
+    });
+    trap_in("proxy_on_upstream_connection_close", "(param i32 i32)", |rig| {
+        let stream = rig.vm.create_network(rig.root, Rc::new(())).expect("a stream");
+        rig.vm.on_upstream_connection_close(stream, PeerType::Local)
+    });
+}
+
+#[test]
+fn a_trap_in_each_root_callback_is_an_error() {
+    let stream = |rig: &Rig| rig.record.borrow().opened[0].0;
+    trap_in("proxy_on_tick", "(param i32)", |rig| rig.vm.on_tick(rig.root));
+    trap_in("proxy_on_foreign_function", "(param i32 i32 i32)", |rig| {
+        rig.vm.on_foreign_function(rig.root, 1, Bytes::new())
+    });
+    trap_in("proxy_on_http_call_response", "(param i32 i32 i32 i32 i32)", |rig| {
+        let token = rig.record.borrow().http_calls[0].0;
+        rig.vm.on_http_call_response(token, None)
+    });
+    trap_in("proxy_on_grpc_receive_initial_metadata", "(param i32 i32 i32)", |rig| {
+        rig.vm.on_grpc_receive_initial_metadata(stream(rig), Vec::new())
+    });
+    trap_in("proxy_on_grpc_receive", "(param i32 i32 i32)", |rig| rig.vm.on_grpc_receive(stream(rig), Bytes::new()));
+    trap_in("proxy_on_grpc_receive_trailing_metadata", "(param i32 i32 i32)", |rig| {
+        rig.vm.on_grpc_receive_trailing_metadata(stream(rig), Vec::new())
+    });
+    trap_in("proxy_on_grpc_close", "(param i32 i32 i32)", |rig| rig.vm.on_grpc_close(stream(rig), 14, Bytes::new()));
 }
 
 #[test]

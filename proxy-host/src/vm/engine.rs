@@ -118,3 +118,20 @@ fn start() -> Result<wasmtime::Engine, EngineError> {
         .map_err(|error| EngineError::Wasmtime(error.to_string()))?;
     Ok(engine)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_engine_serves_all_threads() {
+        fn shareable<T: Send + Sync>() {}
+        shareable::<Engine>();
+    }
+
+    #[test]
+    fn a_deadline_is_never_shorter_than_asked_for() {
+        let ticks = |millis| Limits { deadline: Duration::from_millis(millis), ..Limits::default() }.ticks();
+        assert_eq!((ticks(0), ticks(1), ticks(5), ticks(100)), (1, 2, 2, 21));
+    }
+}
