@@ -117,9 +117,9 @@ impl Config {
 
     /// Whom the plugin subscribes for, with the node's word on what is not configured.
     pub fn scope(&self, host: &impl Host) -> Result<Scope, ConfigError> {
-        let id = string(host, "node\0id").unwrap_or_default();
+        let id = string(host, "id").unwrap_or_default();
         let role = self.role.unwrap_or(if id.starts_with("router~") { Role::Gateway } else { Role::Sidecar });
-        let namespace = self.namespace.clone().or_else(|| string(host, "node\0metadata\0NAMESPACE"));
+        let namespace = self.namespace.clone().or_else(|| string(host, "metadata\0NAMESPACE"));
         let namespace = namespace.or_else(|| {
             // TYPE~IP~NAME.NAMESPACE~NAMESPACE.svc.DOMAIN
             id.split('~').nth(3)?.split('.').next().filter(|s| !s.is_empty()).map(str::to_owned)
@@ -136,7 +136,7 @@ impl Config {
     /// Name of the plugin in the controller's log.
     pub fn subscriber(&self, host: &impl Host, context: u32) -> String {
         self.subscriber.clone().unwrap_or_else(|| {
-            let node = string(host, "node\0id").unwrap_or_else(|| "unknown".to_owned());
+            let node = string(host, "id").unwrap_or_else(|| "unknown".to_owned());
             format!("{node}#{context}")
         })
     }
@@ -192,26 +192,31 @@ fn ips(fields: &mut Map<String, Value>) -> Result<Option<Vec<String>>, ConfigErr
     }
 }
 
+/// A field of the node: Envoy 1.40 has it under `xds.node`, others have it under `node`.
+fn node(host: &impl Host, path: &str) -> Option<Vec<u8>> {
+    host.property(&format!("xds\0node\0{path}")).or_else(|| host.property(&format!("node\0{path}")))
+}
+
 fn string(host: &impl Host, path: &str) -> Option<String> {
-    let value = String::from_utf8(host.property(path)?).ok()?;
+    let value = String::from_utf8(node(host, path)?).ok()?;
     if value.is_empty() { None } else { Some(value) }
 }
 
 fn node_labels(host: &impl Host) -> BTreeMap<String, String> {
-    let map = host.property("node\0metadata\0LABELS").unwrap_or_default();
+    let map = node(host, "metadata\0LABELS").unwrap_or_default();
     let owned = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok();
     let pairs = Pairs::new(&map).into_iter().flatten().flatten();
     pairs.filter_map(|(name, value)| owned(name).zip(owned(value))).collect()
 }
 
 fn node_ips(host: &impl Host) -> Vec<String> {
-    let ips = string(host, "node\0metadata\0INSTANCE_IPS").unwrap_or_default();
+    let ips = string(host, "metadata\0INSTANCE_IPS").unwrap_or_default();
     ips.split(',').map(str::trim).filter(|ip| ip.parse::<IpAddr>().is_ok()).map(str::to_owned).collect()
 }
 
 fn node_locality(host: &impl Host) -> String {
     let part = |path| string(host, path).unwrap_or_default();
-    let parts = [part("node\0locality\0region"), part("node\0locality\0zone"), part("node\0locality\0sub_zone")];
+    let parts = [part("locality\0region"), part("locality\0zone"), part("locality\0sub_zone")];
     parts.join("/").trim_end_matches('/').to_owned()
 }
 
@@ -275,8 +280,8 @@ mod tests {
     #[test]
     fn the_node_says_what_is_not_configured() {
         let host = Fake::default();
-        host.set_property("node\0id", b"router~10.0.0.9~gw.infra~infra.svc.cluster.local");
-        host.set_property("node\0metadata\0INSTANCE_IPS", b"10.0.0.9, bad,fd00::9");
+        host.set_property("xds\0node\0id", b"router~10.0.0.9~gw.infra~infra.svc.cluster.local");
+        host.set_property("xds\0node\0metadata\0INSTANCE_IPS", b"10.0.0.9, bad,fd00::9");
         let labels = crate::host::pairs::write(&[(b"app".to_vec(), b"gw".to_vec()), (b"\xff".to_vec(), b"x".to_vec())]);
         host.set_property("node\0metadata\0LABELS", &labels);
         host.set_property("node\0locality\0region", b"r");
