@@ -1,0 +1,153 @@
+//! The conformance cases of ServiceEntries, decided on paper: what the plan says of a connection, where the snapshot
+//! sends it, and which addresses its cluster holds, against what istiod and Envoy were seen to do.
+
+#[path = "compile/objects.rs"]
+mod objects;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use objects::said;
+use portolan_controller::compile::{Compiler, NO_ROUTE, compile};
+use portolan_controller::model::{Change, Scope};
+use portolan_controller::source::yaml::YamlSource;
+use portolan_proto::envoy::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbConfig};
+use portolan_proto::envoy::envoy::config::core::v3::{address, socket_address::PortSpecifier};
+use portolan_proto::envoy::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
+use portolan_proto::v1::Inspection;
+use portolan_registry::lookup::{Connection, Listener, Request};
+use portolan_registry::snapshot::Snapshot;
+use serde_json::Value;
+
+fn cases() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance/cases");
+    let mut out: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
+    let others = ["VirtualService", "DestinationRule", "Gateway", "Sidecar"].map(|k| format!("kind: {k}\n"));
+    out.retain(|case| {
+        let config = std::fs::read_to_string(case.join("config.yaml")).unwrap();
+        !others.iter().any(|k| config.contains(k))
+    });
+    out.sort();
+    out
+}
+
+/// A line `key: {…}` or `- {…}` of case.yaml: what is in braces is JSON.
+fn json_lines<'t>(text: &'t str, start: &'t str) -> impl Iterator<Item = Value> + 't {
+    text.lines().filter_map(move |l| serde_json::from_str(l.strip_prefix(start)?).ok())
+}
+
+/// The inspection of the listener that takes a connection; none: no HTTP is told apart.
+fn sniffs_http(compiler: &Compiler, dst: SocketAddr) -> bool {
+    let http = |i: &Option<Inspection>| i.as_ref().is_some_and(|i| i.http);
+    let catch_all = || http(&compiler.plans()[&0].wildcard);
+    let Some(plan) = compiler.plans().get(&dst.port()) else { return catch_all() };
+    if let Some(a) = plan.addresses.iter().find(|a| a.address == dst.ip().to_string()) {
+        return http(&a.inspection);
+    }
+    if plan.wildcard.is_none() {
+        return catch_all();
+    }
+    let within = |p: &String| p.parse::<ipnet::IpNet>().unwrap().contains(&dst.ip());
+    !plan.tcp_prefixes.iter().any(within) && http(&plan.wildcard)
+}
+
+/// Where a cluster connects to; `None`: somewhere that DNS says.
+fn targets(compiler: &Compiler, name: &str, dst: Option<SocketAddr>) -> Option<BTreeSet<String>> {
+    let Some(cluster) = compiler.cluster(name) else { return Some(BTreeSet::new()) };
+    if cluster.cluster_discovery_type == Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())) {
+        let mut dst = dst?;
+        if let Some(LbConfig::OriginalDstLbConfig(config)) = cluster.lb_config
+            && let Some(port) = config.upstream_port_override
+        {
+            dst.set_port(port.value.try_into().unwrap());
+        }
+        return Some([dst.to_string()].into());
+    }
+    let endpoints = cluster.load_assignment?.endpoints.into_iter().flat_map(|l| l.lb_endpoints);
+    endpoints
+        .map(|e| {
+            let Some(HostIdentifier::Endpoint(e)) = e.host_identifier else { return None };
+            match e.address?.address? {
+                address::Address::Pipe(pipe) => Some(format!("unix:{}", pipe.path)),
+                address::Address::SocketAddress(a) => {
+                    let Some(PortSpecifier::PortValue(port)) = a.port_specifier else { return None };
+                    let ip: std::net::IpAddr = a.address.parse().ok()?;
+                    Some(SocketAddr::new(ip, port.try_into().unwrap()).to_string())
+                }
+                address::Address::EnvoyInternalAddress(_) => None,
+            }
+        })
+        .collect()
+}
+
+fn decide(compiler: &Compiler, snapshot: &Snapshot, probe: &Value) -> (String, Option<SocketAddr>) {
+    let text = |k: &str| probe[k].as_str();
+    let http = matches!(text("proto").unwrap_or("http"), "http" | "h2");
+    let host = text("host").unwrap_or_default();
+    let Ok(dst) = text("dst").unwrap().parse::<SocketAddr>() else {
+        let target = text("target").and_then(|t| t.strip_prefix("http://")).map(|t| t.split('/').next().unwrap());
+        let authority = target.unwrap_or(host).as_bytes();
+        return (said(&snapshot.request(&Request { listener: Listener::Proxy, authority, connect: false })), None);
+    };
+    if http && sniffs_http(compiler, dst) {
+        let listener = Listener::Captured(dst);
+        return (said(&snapshot.request(&Request { listener, authority: host.as_bytes(), connect: false })), Some(dst));
+    }
+    let sni = text("sni").map(str::as_bytes);
+    let said = said(&snapshot.connection(&Connection { destination: dst, sni }));
+    (if said == "502" { "closed".into() } else { said }, Some(dst))
+}
+
+#[test]
+fn decisions_agree() {
+    let cases = cases();
+    assert!(cases.len() > 40, "{} cases", cases.len());
+    let mut wrong = Vec::new();
+    for case in cases {
+        let text = std::fs::read_to_string(case.join("case.yaml")).unwrap();
+        let expected = std::fs::read_to_string(case.join("expected.json")).unwrap();
+        let expected: Vec<Value> = serde_json::from_str(&expected).unwrap();
+        let proxy = json_lines(&text, "proxy: ").next().unwrap();
+        let files = ["config.yaml", "k8s.yaml"].map(|f| case.join(f)).into_iter().filter(|f| f.exists());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _guard = runtime.enter();
+        let (_, loaded) = YamlSource::load(&files.collect::<Vec<_>>(), Some(&case.join("mesh.yaml"))).unwrap();
+        let scope = Scope {
+            namespace: proxy["namespace"].as_str().unwrap_or("default").into(),
+            ips: vec!["1.1.1.1".into()],
+            ..Scope::default()
+        };
+        let objects = loaded.changes.into_iter().filter_map(|c| match c {
+            Change::Apply(object) => Some(object),
+            Change::Delete(_) => None,
+        });
+        let (compiler, _) = compile(objects, scope, loaded.mesh);
+        let snapshot = objects::opened(&compiler);
+        let probes: Vec<Value> = json_lines(&text, "- ").collect();
+        assert_eq!(probes.len(), expected.len(), "{}", case.display());
+        // A request without a name never comes to the snapshot.
+        let compiled = |p: &Value| p["difference"].is_null() && p["host"] != "";
+        for (probe, expected) in probes.iter().zip(&expected).filter(|(p, _)| compiled(p)) {
+            let (verdict, dst) = decide(&compiler, &snapshot, probe);
+            let status = expected["status"][0].as_str().unwrap();
+            let reached: BTreeSet<String> =
+                expected["upstream"].as_array().unwrap().iter().map(|u| u["dst"].as_str().unwrap().into()).collect();
+            let agrees = match verdict.as_str() {
+                "502" | "closed" => reached.is_empty() && (status == verdict || status == "200"),
+                "404" | "400" => status == verdict,
+                NO_ROUTE => status == "404",
+                cluster => match targets(&compiler, cluster, dst) {
+                    Some(targets) if targets.is_empty() => matches!(status, "503" | "closed"),
+                    Some(targets) => targets == reached,
+                    None => !reached.is_empty() || matches!(status, "503" | "closed"),
+                },
+            };
+            if !agrees {
+                let case = case.file_name().unwrap().to_string_lossy().into_owned();
+                wrong.push(format!("{case}: {probe}\n  got {verdict}\n  not {status} {reached:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} probes disagree:\n{}", wrong.len(), wrong.join("\n"));
+}
