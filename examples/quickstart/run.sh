@@ -13,9 +13,9 @@ trap stop EXIT
 trap 'exit 0' INT TERM
 
 "$bin/origin" --listen 127.0.0.1:18080 &
-"$bin/proxy-host" --config "$here" &
+"$bin/proxy-host" --config "$here" --log-level warn &
 proxy_pid=$!
-until curl -s -o /dev/null "$proxy"; do
+until (: </dev/tcp/127.0.0.1/15080) 2>/dev/null; do
     kill -0 "$proxy_pid" 2>/dev/null || { echo "proxy-host did not start" >&2; exit 1; }
 done
 
