@@ -51,6 +51,7 @@ pub struct Controller {
     pipes: mpsc::UnboundedSender<std::io::Result<DuplexStream>>,
     /// The task that follows the source.
     source: Option<Arc<Follower>>,
+    proxy_http_port: Option<u16>,
 }
 
 /// Ends with the controller that it works for.
@@ -94,6 +95,7 @@ impl Controller {
     /// # Errors
     /// When the system gives no thread.
     pub fn empty(mesh: MeshConfig) -> Result<Self, ControllerError> {
+        let proxy_http_port = mesh.proxy_http_port;
         let publisher = Publisher::start(mesh)?;
         let counters = Arc::new(Counters::default());
         let (pipes, incoming) = mpsc::unbounded_channel();
@@ -104,7 +106,7 @@ impl Controller {
                 tracing::error!(%error, "the services in memory have ended");
             }
         });
-        Ok(Controller { publisher, counters, pipes, source: None })
+        Ok(Controller { publisher, counters, pipes, source: None, proxy_http_port })
     }
 
     /// Takes in one batch of changes; returns when it is published, with the conflicts that it met.
@@ -123,6 +125,11 @@ impl Controller {
         let (ours, theirs) = tokio::io::duplex(PIPE);
         self.pipes.send(Ok(theirs)).map_err(|_| Ended)?;
         Ok(ours)
+    }
+
+    /// The mesh's `proxyHttpPort` at the start; a listener of an embedding proxy.
+    pub fn proxy_http_port(&self) -> Option<u16> {
+        self.proxy_http_port
     }
 
     /// What compiles and publishes.
