@@ -146,7 +146,7 @@ fn read_head<'h>(host: &impl Host, headers: &'h [u8]) -> Result<Head<'h>, Refusa
             _ => {}
         }
     }
-    let authority = authority.filter(|a| !a.is_empty()).ok_or_else(no_authority)?;
+    let authority = authority.ok_or_else(no_authority)?;
     Ok(Head { authority, connect })
 }
 

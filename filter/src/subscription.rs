@@ -21,8 +21,8 @@ pub const BACKOFF_MAX: u32 = 30_000;
 pub const ANSWER_LIMIT: u32 = 30_000;
 /// Longest message that is read, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
-/// Replaced pages are freed in steps of this many, one step in each period.
-const RETIRE_STEP: usize = 256;
+/// What a replaced snapshot took is freed in steps of this many chunks, one step in each period.
+const RETIRE_STEP: usize = 4;
 const RETIRE_PERIOD: u32 = 10;
 const ANSWER_CHECK: u32 = 5_000;
 

@@ -9,7 +9,7 @@ use crate::root::{Root, Stream};
 use crate::subscription::Subscription;
 
 /// The state of one VM.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Vm<H> {
     /// The host it runs in.
     pub host: H,

@@ -10,7 +10,7 @@ use crate::authority;
 use crate::decision::{Decision, Reason, Rule, Verdict};
 use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_GLOBALS, TAG_PORT, TAG_PREFIX};
 use crate::encode::{TAG_SUFFIX, TAG_SUFFIXES, Use, Value};
-use crate::name;
+use crate::name::{self, NameError};
 use crate::row::{CatchAll, Globals};
 use crate::snapshot::Snapshot;
 
@@ -105,6 +105,8 @@ impl Snapshot {
         };
         let name = match name::normalise(host, &mut buffer) {
             Ok(()) => buffer.as_str(),
+            // No name is one that nobody declared.
+            Err(NameError::Empty) => return self.unknown_request(query.listener),
             Err(_) => return deny(400, Rule::BadName),
         };
         match self.host(name, port, wanted) {
@@ -185,12 +187,13 @@ fn route_suffix<'s>(rule: Rule, port: u16, suffix: &str, choice: &ChoiceRef<'s>)
 }
 
 fn route_to<'s>(rule: Rule, port: u16, host: [&str; 2], choice: &ChoiceRef<'s>) -> Decision<'s> {
+    let reason = Reason { rule, winner: choice.winner(), losers: choice.losers() };
     let cluster = match choice.cluster {
+        ClusterRef::Named("") => return Decision { verdict: Verdict::Deny { status: 404 }, reason },
         ClusterRef::Named(name) => Cow::Borrowed(name),
         ClusterRef::Outbound => Cow::Owned(own_cluster("outbound|", port, host)),
         ClusterRef::Forward => Cow::Owned(own_cluster("forward|", port, host)),
     };
-    let reason = Reason { rule, winner: choice.winner(), losers: choice.losers() };
     Decision { verdict: Verdict::Route { cluster }, reason }
 }
 

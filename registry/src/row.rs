@@ -34,7 +34,8 @@ pub enum OriginKind {
 /// Where a key leads, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choice {
-    /// Cluster name. `outbound|PORT||HOST` of the row's own port and host costs nothing to store.
+    /// Cluster name. `outbound|PORT||HOST` of the row's own port and host costs nothing to store. Empty: there is no
+    /// route, which is 404 for HTTP.
     pub cluster: String,
     /// The object that won.
     pub winner: Origin,

@@ -57,7 +57,7 @@ pub fn host_of(name: &str) -> Option<String> {
 /// The clusters that belong to no service.
 pub(crate) fn special(name: &str, cx: &Context) -> Option<Cluster> {
     match name {
-        PASSTHROUGH => Some(original_destination(name, cx)),
+        PASSTHROUGH => Some(downstream_protocol(original_destination(name, cx))),
         ALLOW_ANY_DYNAMIC_DNS => Some(downstream_protocol(forward_proxy(name, cx))),
         _ => None,
     }
