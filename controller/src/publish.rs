@@ -198,7 +198,8 @@ impl Engine {
         self.mesh = mesh;
         self.version += 1;
         for (scope, state) in &mut self.scopes {
-            let (compiler, _) = crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
+            let (compiler, _) =
+                crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
             state.compiler = compiler;
             state.changed.clear();
             state.since = self.version;

@@ -158,10 +158,13 @@ fn newer_tcp_takes_the_virtual_host_away() {
 
 #[test]
 fn addresses_bind_tcp_and_name_http() {
-    let w = world([
-        entry(se("a", &["a.com"], &[(80, Http), (443, Tls), (9000, Tcp), (7000, Auto)])
-            .with(addresses(&["10.0.9.1", "2001:db8::10", "10.9.0.0/16", "10.8.7.6/32"]))),
-    ]);
+    let w =
+        world([entry(se("a", &["a.com"], &[(80, Http), (443, Tls), (9000, Tcp), (7000, Auto)]).with(addresses(&[
+            "10.0.9.1",
+            "2001:db8::10",
+            "10.9.0.0/16",
+            "10.8.7.6/32",
+        ])))]);
     for authority in ["a.com", "10.0.9.1", "[2001:db8::10]:80", "10.8.7.6"] {
         assert_eq!(w.http(&at(80), authority), "outbound|80||a.com", "{authority}");
     }
@@ -278,8 +281,7 @@ fn auto_allocated_addresses_count_with_dns_capture() {
     };
     let off = world([object()]);
     assert_eq!((off.plan(9000), off.http(&at(80), "240.240.0.1")), ("wildcard".into(), "502".into()));
-    let mut compiler =
-        portolan_controller::compile::Compiler::new(scope(), blocking()).with_dns_capture(true);
+    let mut compiler = portolan_controller::compile::Compiler::new(scope(), blocking()).with_dns_capture(true);
     compiler.apply(&apply([object()]));
     let update = compiler.commit();
     let snapshot = opened(&compiler);

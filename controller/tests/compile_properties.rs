@@ -19,7 +19,15 @@ fn protocol() -> impl Strategy<Value = Protocol> {
 /// Few names and ports, so that they meet.
 fn service_entry() -> impl Strategy<Value = Object> {
     let host = select(vec![
-        "a.com", "A.com", "b.a.com", "*.a.com", "*part.com", "*", "x.default.svc.cluster.local", "10.0.0.9", "c.com",
+        "a.com",
+        "A.com",
+        "b.a.com",
+        "*.a.com",
+        "*part.com",
+        "*",
+        "x.default.svc.cluster.local",
+        "10.0.0.9",
+        "c.com",
     ]);
     let address = select(vec!["10.0.0.9", "10.0.0.8", "10.1.0.0/16", "10.1.2.0/24", "2001:db8::1"]);
     let port = (select(vec![80u16, 443, 9000, 15001]), protocol());

@@ -27,7 +27,11 @@ fn change_among_100_000_entries() {
     let start = Instant::now();
     let (mut compiler, _) = compile(objects, scope(), blocking());
     let bytes: usize = compiler.pages().map(|(_, p)| p.len()).sum();
-    println!("compiled in {:?}: {bytes} bytes of pages, {before} MB of objects, then {} MB", start.elapsed(), megabytes());
+    println!(
+        "compiled in {:?}: {bytes} bytes of pages, {before} MB of objects, then {} MB",
+        start.elapsed(),
+        megabytes()
+    );
     let mut times: Vec<Duration> = (0..200)
         .map(|i| {
             let host = format!("other-{i}.example.com");

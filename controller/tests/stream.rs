@@ -53,8 +53,7 @@ impl Subscriber {
         let scope = v1::Scope { namespace: "default".into(), ips: vec!["1.1.1.1".into()], ..v1::Scope::default() };
         let format = u32::from(FORMAT);
         let held = if snapshot.is_empty() { Vec::new() } else { snapshot.held() };
-        let subscribe =
-            Subscribe { scope: Some(scope), subscriber: "test".into(), format, held, version: 0 };
+        let subscribe = Subscribe { scope: Some(scope), subscriber: "test".into(), format, held, version: 0 };
         say.send(WatchRequest { message: Some(Say::Subscribe(subscribe)) }).unwrap();
         let mut client = RegistryClient::new(channel(controller).await);
         let hear = client.watch(UnboundedReceiverStream::new(requests)).await.unwrap().into_inner();
@@ -205,7 +204,11 @@ async fn clusters_come_on_demand_and_change_with_their_entries() {
     controller.apply(one_more("other", "other.com")).await.unwrap();
     controller.apply(one_more("late", "late.com")).await.unwrap();
     let (got, removed, _) = client.next().await;
-    assert_eq!((got.keys().map(String::as_str).collect::<Vec<_>>(), removed.len()), (vec![late], 0), "nobody hears of other.com");
+    assert_eq!(
+        (got.keys().map(String::as_str).collect::<Vec<_>>(), removed.len()),
+        (vec![late], 0),
+        "nobody hears of other.com"
+    );
 
     let moved = entry(se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = vec![endpoint("10.0.0.2")]));
     controller.apply(apply([moved.clone()])).await.unwrap();

@@ -82,7 +82,8 @@ fn lists_json_old_versions_and_snake_case_are_read() {
          "spec":{"address":"10.0.0.1","service_account":"sa"},"status":{"conditions":[{"type":"Healthy","status":"False"}]}}]}"#;
     let folder = Folder::new(&[("list.json", json)]);
     let (_, loaded) = folder.load();
-    let [Change::Apply(Object::ServiceEntry(se)), Change::Apply(Object::WorkloadEntry(we))] = &loaded.changes[..] else {
+    let [Change::Apply(Object::ServiceEntry(se)), Change::Apply(Object::WorkloadEntry(we))] = &loaded.changes[..]
+    else {
         panic!("{:?}", loaded.changes);
     };
     assert_eq!(se.export_to, ["."]);

@@ -75,11 +75,8 @@ fn the_proxy_port_is_known_by_loopback_and_chain() {
 fn a_request_must_name_one_host() {
     let mut vm = ready(CatchAll::PassThrough);
     let body = "portolan: the request does not name one host";
-    let cases: [&[(&[u8], &[u8])]; 3] = [
-        &[],
-        &[(b":method", b"GET")],
-        &[(b":authority", b"a.com"), (b":authority", b"b.com")],
-    ];
+    let cases: [&[(&[u8], &[u8])]; 3] =
+        [&[], &[(b":method", b"GET")], &[(b":authority", b"a.com"), (b":authority", b"b.com")]];
     for headers in cases {
         assert_eq!(request(&mut vm, "192.0.2.1:80", headers), refused(400, "portolan_no_authority", body));
     }

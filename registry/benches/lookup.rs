@@ -51,8 +51,12 @@ fn build(n: usize) -> (Snapshot, usize) {
 }
 
 fn measure(snapshot: &Snapshot, names: &[String], rule: Rule) -> f64 {
-    let request =
-        |name: &String| snapshot.request(&Request { listener: Listener::Captured(PORT), authority: name.as_bytes(), connect: false }).reason.rule;
+    let request = |name: &String| {
+        snapshot
+            .request(&Request { listener: Listener::Captured(PORT), authority: name.as_bytes(), connect: false })
+            .reason
+            .rule
+    };
     for name in names {
         assert_eq!(request(name), rule, "{name}");
     }

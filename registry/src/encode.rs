@@ -53,9 +53,7 @@ pub(crate) fn key(key: &RowKey) -> (u8, Vec<u8>) {
         RowKey::Host(HostPattern::Suffix(suffix)) => (TAG_SUFFIX, suffix.as_bytes().to_vec()),
         RowKey::Address(address, port) => (TAG_ADDRESS, address_key(*address, *port).to_vec()),
         RowKey::Port(port) => (TAG_PORT, port.to_be_bytes().to_vec()),
-        RowKey::Prefix(port, net) => {
-            (TAG_PREFIX, prefix_key(net.network(), net.prefix_len(), *port).to_vec())
-        }
+        RowKey::Prefix(port, net) => (TAG_PREFIX, prefix_key(net.network(), net.prefix_len(), *port).to_vec()),
         RowKey::Globals => (TAG_GLOBALS, Vec::new()),
     }
 }

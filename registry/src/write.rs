@@ -149,12 +149,7 @@ impl Writer {
         out
     }
 
-    fn rewrite(
-        &mut self,
-        id: PageId,
-        changes: Changes,
-        touched: &mut BTreeMap<PageId, Arc<[u8]>>,
-    ) {
+    fn rewrite(&mut self, id: PageId, changes: Changes, touched: &mut BTreeMap<PageId, Arc<[u8]>>) {
         let old = self.take(id, touched);
         let mut rows = page::rows(&old);
         rows.retain(|r| {

@@ -23,7 +23,11 @@ fn host_row(pattern: &str, http: &[u16], sni: &[u16]) -> Row {
         for port in list {
             let at = ports.entry(*port).or_insert_with(|| HostPort { port: *port, ..HostPort::default() });
             let made = Some(choice(format!("outbound|{port}||{pattern}"), pattern));
-            if is_sni { at.sni = made } else { at.http = made }
+            if is_sni {
+                at.sni = made
+            } else {
+                at.http = made
+            }
             at.proxy = Some(choice(format!("forward|{port}||{pattern}"), pattern));
         }
     }
@@ -204,9 +208,8 @@ fn pattern() -> impl Strategy<Value = String> {
 }
 
 fn net() -> impl Strategy<Value = IpNet> {
-    (0u8..3, 0u8..3, prop::sample::select(vec![8u8, 16, 24, 32])).prop_map(|(a, b, len)| {
-        IpNet::new(IpAddr::V4(Ipv4Addr::new(10, a, b, 1)), len).expect("a length").trunc()
-    })
+    (0u8..3, 0u8..3, prop::sample::select(vec![8u8, 16, 24, 32]))
+        .prop_map(|(a, b, len)| IpNet::new(IpAddr::V4(Ipv4Addr::new(10, a, b, 1)), len).expect("a length").trunc())
 }
 
 fn row() -> impl Strategy<Value = Row> {
@@ -340,11 +343,12 @@ proptest! {
 fn the_proxy_port_takes_the_port_from_the_authority() {
     let rows = [host_row("a.example.com", &[80, 8080], &[443]), Row::Globals(Globals::default())];
     let (_, snapshot) = build(&rows);
-    let ask = |authority: &str, connect| {
-        match snapshot.request(&Request { listener: Listener::Proxy, authority: authority.as_bytes(), connect }).verdict {
-            Verdict::Route { cluster } => cluster.into_owned(),
-            Verdict::Deny { status } => status.to_string(),
-        }
+    let ask = |authority: &str, connect| match snapshot
+        .request(&Request { listener: Listener::Proxy, authority: authority.as_bytes(), connect })
+        .verdict
+    {
+        Verdict::Route { cluster } => cluster.into_owned(),
+        Verdict::Deny { status } => status.to_string(),
     };
     assert_eq!(ask("a.example.com", false), "forward|80||a.example.com");
     assert_eq!(ask("A.example.com.:8080", false), "forward|8080||a.example.com");

@@ -36,7 +36,11 @@ impl Example {
                 fs::write(folder.path().join(file.file_name().unwrap()), text).unwrap();
             }
         }
-        let mut child = Command::new(repo::binary("proxy-host")).arg("--config").arg(folder.path()).spawn().unwrap();
+        let mut child = Command::new(repo::binary("proxy-host"))
+            .args(["--log-level", "warn", "--access-log=false", "--config"])
+            .arg(folder.path())
+            .spawn()
+            .unwrap();
         let end = Instant::now() + PATIENCE;
         while TcpStream::connect(proxy).is_err() {
             assert!(child.try_wait().unwrap().is_none(), "proxy-host ended");

@@ -128,7 +128,9 @@ fn is_snake_case_of(snake: &str, camel: &str) -> bool {
 
 fn wrong_type(node: Option<&Node>, wanted: &str, path: &Path<'_>, issues: &mut Vec<Issue>) {
     let found = node.map_or("null", Node::type_name);
-    issues.push(Issue::refused("type", path, format!("cannot read {found} as {wanted}")));
+    // The trap of YAML 1.1, which Kubernetes reads.
+    let hint = if found == "bool" && wanted == "string" { " (y, n, yes, no, on and off need quotes)" } else { "" };
+    issues.push(Issue::refused("type", path, format!("cannot read {found} as {wanted}{hint}")));
 }
 
 /// A string; empty if absent.

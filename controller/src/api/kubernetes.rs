@@ -109,9 +109,10 @@ pub fn endpoint_slice(meta: Meta, root: &Node, issues: &mut Vec<Issue>) -> Endpo
 pub fn endpoints(meta: &Meta, root: &Node, issues: &mut Vec<Issue>) -> Vec<EndpointSlice> {
     let subsets = decode::list(root.get("subsets"), &Path::root("subsets"), issues, |node, path, issues| {
         let mut fields = Fields::of(Some(node), path, issues);
-        let addresses = decode::list(fields.take("addresses"), &path.field("addresses"), issues, |node, path, issues| {
-            decode::string(node.get("ip"), &path.field("ip"), issues)
-        });
+        let addresses =
+            decode::list(fields.take("addresses"), &path.field("addresses"), issues, |node, path, issues| {
+                decode::string(node.get("ip"), &path.field("ip"), issues)
+            });
         (addresses, numbered_ports(fields.take("ports"), &path.field("ports"), issues))
     });
     let slice = |(index, (addresses, ports)): (usize, (Vec<String>, BTreeMap<String, u16>))| EndpointSlice {

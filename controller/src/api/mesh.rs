@@ -168,7 +168,10 @@ mod tests {
     fn fields_that_do_nothing_are_told() {
         let (_, issues) = mesh("enableTracing: true\n");
         assert_eq!(issues.len(), 1);
-        assert_eq!((issues[0].code, issues[0].field.as_str(), issues[0].rejects()), ("ignored-field", "enableTracing", false));
+        assert_eq!(
+            (issues[0].code, issues[0].field.as_str(), issues[0].rejects()),
+            ("ignored-field", "enableTracing", false)
+        );
     }
 
     #[test]

@@ -46,11 +46,12 @@ pub fn read(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Wo
 pub fn read_health(status: Option<&Node>, issues: &mut Vec<Issue>) -> Option<bool> {
     let path = Path::root("status");
     let mut fields = Fields::of(status, &path, issues);
-    let conditions = decode::list(fields.take("conditions"), &path.field("conditions"), issues, |node, path, issues| {
-        let mut fields = Fields::of(Some(node), path, issues);
-        let kind = decode::string(fields.take("type"), &path.field("type"), issues);
-        let status = decode::string(fields.take("status"), &path.field("status"), issues);
-        (kind, status)
-    });
+    let conditions =
+        decode::list(fields.take("conditions"), &path.field("conditions"), issues, |node, path, issues| {
+            let mut fields = Fields::of(Some(node), path, issues);
+            let kind = decode::string(fields.take("type"), &path.field("type"), issues);
+            let status = decode::string(fields.take("status"), &path.field("status"), issues);
+            (kind, status)
+        });
     conditions.iter().find(|(kind, _)| kind == "Healthy").map(|(_, status)| status == "True")
 }

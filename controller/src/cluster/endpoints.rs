@@ -139,11 +139,7 @@ fn healthy(entry: &WorkloadEntry) -> bool {
 }
 
 /// All endpoints of a host name in one namespace, whoever may see their entries: the oldest entry's first.
-pub(crate) fn host_endpoints(
-    members: &[Member],
-    namespace: &str,
-    workloads: &Workloads,
-) -> Vec<Endpoint> {
+pub(crate) fn host_endpoints(members: &[Member], namespace: &str, workloads: &Workloads) -> Vec<Endpoint> {
     let mut members: Vec<&Member> = members.iter().filter(|m| m.source.meta().namespace == namespace).collect();
     members.sort_by(|a, b| a.age(b));
     let mut out = Vec::new();

@@ -130,13 +130,13 @@ fn original_destination(name: &str, cx: &Context) -> Cluster {
 
 fn forward_proxy(name: &str, cx: &Context) -> Cluster {
     let config = forward::ClusterConfig {
-        cluster_implementation_specifier: Some(forward::cluster_config::ClusterImplementationSpecifier::DnsCacheConfig(
-            DnsCacheConfig {
+        cluster_implementation_specifier: Some(
+            forward::cluster_config::ClusterImplementationSpecifier::DnsCacheConfig(DnsCacheConfig {
                 name: format!("{name}_dfp_dns_cache"),
                 dns_lookup_family: lookup_family(cx).into(),
                 ..DnsCacheConfig::default()
-            },
-        )),
+            }),
+        ),
         ..forward::ClusterConfig::default()
     };
     Cluster {

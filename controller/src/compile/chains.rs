@@ -74,13 +74,7 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    pub(crate) fn new(
-        key: &str,
-        resolved: Resolved,
-        members: &[Member],
-        workloads: &Workloads,
-        cx: &Context,
-    ) -> Self {
+    pub(crate) fn new(key: &str, resolved: Resolved, members: &[Member], workloads: &Workloads, cx: &Context) -> Self {
         let mut group =
             Group { pattern: key.parse().ok(), resolved, chains: Vec::new(), domains: Vec::new(), dropped: Vec::new() };
         group.domains = domains(key, &group.resolved, cx);
@@ -256,12 +250,7 @@ impl Group {
 }
 
 /// The addresses of a headless service, where its listeners are bound to those of its endpoints (SEMANTICS 3.6).
-fn headless(
-    service: &Spoken,
-    port: u16,
-    members: &[Member],
-    workloads: &Workloads,
-) -> Option<BTreeSet<IpAddr>> {
+fn headless(service: &Spoken, port: u16, members: &[Member], workloads: &Workloads) -> Option<BTreeSet<IpAddr>> {
     let source = &service.member.source;
     if source.resolution() != Resolution::None {
         return None;

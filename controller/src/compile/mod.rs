@@ -233,9 +233,8 @@ impl Compiler {
             };
             state.members.retain(stays);
             state.aliases.retain(stays);
-            let still = |m: &Member| {
-                m.source.meta().namespace == *namespace && (m.source.is_kube() || selects(&m.source))
-            };
+            let still =
+                |m: &Member| m.source.meta().namespace == *namespace && (m.source.is_kube() || selects(&m.source));
             if !state.members.iter().any(still)
                 && let Some(hosts) = self.selecting.get_mut(namespace)
             {

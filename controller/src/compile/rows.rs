@@ -85,9 +85,7 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
 /// routes by host and port alone: two addresses share a name, and the second to ask for it is left without any. The same
 /// where the virtual host is gone because a later entry makes the port TCP.
 fn single_route(group: &Group, chain: &Chain) -> bool {
-    let same = |c: &&Chain| {
-        c.port == chain.port && c.protocol == Protocol::Auto && matches!(c.bind, Bind::Address(_))
-    };
+    let same = |c: &&Chain| c.port == chain.port && c.protocol == Protocol::Auto && matches!(c.bind, Bind::Address(_));
     let from_entries = group.service(chain.service).is_some_and(|s| !s.member.source.is_kube());
     group.owner(chain.port).is_some_and(|o| o.http.is_some())
         && (!from_entries || group.chains.iter().filter(same).count() <= 1)
@@ -95,8 +93,7 @@ fn single_route(group: &Group, chain: &Chain) -> bool {
 
 /// The row of a destination prefix; none where nothing claims it.
 pub(crate) fn prefix(port: u16, net: IpNet, groups: &[Arc<Group>], mode: Mode) -> Option<Row> {
-    let ranked =
-        ranked(groups, |c| c.port == port && c.bind == Bind::Net(net) && mode.takes(c.protocol));
+    let ranked = ranked(groups, |c| c.port == port && c.bind == Bind::Net(net) && mode.takes(c.protocol));
     if ranked.is_empty() {
         return None;
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::row::{Origin, OriginKind};
 
-use crate::model::{Meta, MeshConfig, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort};
+use crate::model::{MeshConfig, Meta, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort};
 
 /// What decides how objects are seen: who asks, and the mesh's settings.
 #[derive(Debug, Clone)]
@@ -393,5 +393,9 @@ pub(crate) fn kube_host(service: &Service, cx: &Context) -> String {
 /// Lower case without a trailing dot: what hosts are grouped by.
 pub(crate) fn group_key(host: &str) -> Cow<'_, str> {
     let host = host.strip_suffix('.').filter(|h| !h.is_empty()).unwrap_or(host);
-    if host.bytes().any(|b| b.is_ascii_uppercase()) { Cow::Owned(host.to_ascii_lowercase()) } else { Cow::Borrowed(host) }
+    if host.bytes().any(|b| b.is_ascii_uppercase()) {
+        Cow::Owned(host.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(host)
+    }
 }

@@ -213,9 +213,9 @@ fn from_json(value: serde_json::Value, line: u32) -> Node {
         }
         serde_json::Value::String(s) => Value::String(s),
         serde_json::Value::Array(items) => Value::List(items.into_iter().map(|v| from_json(v, line)).collect()),
-        serde_json::Value::Object(fields) => Value::Map(
-            fields.into_iter().map(|(key, v)| Field { key, line, value: from_json(v, line) }).collect(),
-        ),
+        serde_json::Value::Object(fields) => {
+            Value::Map(fields.into_iter().map(|(key, v)| Field { key, line, value: from_json(v, line) }).collect())
+        }
     };
     Node { line, value }
 }

@@ -232,8 +232,7 @@ fn top_level(root: &Node, kind: &str, meta: &Meta, issues: &mut Vec<Issue>) {
     let Value::Map(fields) = &root.value else { return };
     for field in fields {
         if !matches!(field.key.as_str(), "apiVersion" | "kind" | "metadata" | "spec" | "status") {
-            let message =
-                format!("unknown field {:?} on {kind} resource {}/{}", field.key, meta.namespace, meta.name);
+            let message = format!("unknown field {:?} on {kind} resource {}/{}", field.key, meta.namespace, meta.name);
             issues.push(Issue::refused("unknown-field", Path::root(&field.key), message));
         }
     }

@@ -93,8 +93,7 @@ impl Watcher {
 
     fn take(&mut self) -> Due {
         let now = Instant::now();
-        let paths: Vec<PathBuf> =
-            self.due.iter().filter(|(_, at)| **at <= now).map(|(path, _)| path.clone()).collect();
+        let paths: Vec<PathBuf> = self.due.iter().filter(|(_, at)| **at <= now).map(|(path, _)| path.clone()).collect();
         for path in &paths {
             self.due.remove(path);
         }

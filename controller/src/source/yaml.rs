@@ -329,7 +329,8 @@ impl YamlSource {
             (old, new) => old.is_none() && new.is_none(),
         };
         let touched: BTreeSet<ObjectKey> = old.keys().chain(new.keys()).filter(|key| !same(key)).cloned().collect();
-        let before: Vec<Option<Object>> = touched.iter().map(|key| self.winner(key).map(|p| p.object.clone())).collect();
+        let before: Vec<Option<Object>> =
+            touched.iter().map(|key| self.winner(key).map(|p| p.object.clone())).collect();
         match file {
             Some(file) => self.files.insert(path.to_owned(), file),
             None => self.files.remove(path),
@@ -343,7 +344,8 @@ impl YamlSource {
                 (Some(_), None) => Change::Delete(key.clone()),
             };
             if let (Some(after), true) = (after, before.is_some())
-                && let Some(other) = self.files.values().filter_map(|file| file.objects.get(&key)).find(|p| p.file != after.file)
+                && let Some(other) =
+                    self.files.values().filter_map(|file| file.objects.get(&key)).find(|p| p.file != after.file)
             {
                 batch.findings.push(conflict::duplicate(other, after));
             }

@@ -20,7 +20,8 @@ pub struct Placed {
 
 /// The finding that `later` replaces `earlier`, which is the same resource.
 pub fn duplicate(earlier: &Placed, later: &Placed) -> Finding {
-    let message = format!("the same resource stands in {}:{}; this one, being later, counts", earlier.file, earlier.line);
+    let message =
+        format!("the same resource stands in {}:{}; this one, being later, counts", earlier.file, earlier.line);
     finding(later, "metadata.name", "duplicate-resource", message)
 }
 
@@ -131,9 +132,7 @@ pub fn between(objects: &[Placed]) -> Vec<Finding> {
 /// A TCP port without addresses listens on the wildcard address, and takes every connection that nothing else claims.
 fn takes_whole_port(entry: &ServiceEntry, protocol: Protocol) -> bool {
     use Protocol::{Mongo, Mysql, Redis, Tcp};
-    entry.addresses.is_empty()
-        && entry.status_addresses.is_empty()
-        && matches!(protocol, Tcp | Mongo | Redis | Mysql)
+    entry.addresses.is_empty() && entry.status_addresses.is_empty() && matches!(protocol, Tcp | Mongo | Redis | Mysql)
 }
 
 /// Whether some namespace sees both.

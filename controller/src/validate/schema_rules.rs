@@ -43,9 +43,7 @@ const RULES: &[(&str, Check)] = &[
     (
         "!has(self.resolution) || self.resolution != 'DNS_ROUND_ROBIN' || !has(self.endpoints) || \
          size(self.endpoints) <= 1",
-        |node| {
-            text(node, "resolution") != Some("DNS_ROUND_ROBIN") || items(present(node, "endpoints")).len() <= 1
-        },
+        |node| text(node, "resolution") != Some("DNS_ROUND_ROBIN") || items(present(node, "endpoints")).len() <= 1,
     ),
     ("has(self.address) || has(self.network)", |node| {
         present(node, "address").is_some() || present(node, "network").is_some()
@@ -60,15 +58,16 @@ const RULES: &[(&str, Check)] = &[
     ("!self.startsWith('unix://') || !self.endsWith('/')", |node| {
         node.as_str().is_none_or(|text| !text.starts_with("unix://") || !text.ends_with('/'))
     }),
-    ("self.all(name, size(name) < 63 && name.matches('^[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?$'))", |node| {
-        match &node.value {
+    (
+        "self.all(name, size(name) < 63 && name.matches('^[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?$'))",
+        |node| match &node.value {
             Value::Map(fields) => fields
                 .iter()
                 .filter(|field| !field.value.is_null())
                 .all(|field| field.key.len() < 63 && predicates::is_dns_label(&field.key)),
             _ => true,
-        }
-    }),
+        },
+    ),
 ];
 
 fn present<'n>(node: &'n Node, name: &str) -> Option<&'n Node> {

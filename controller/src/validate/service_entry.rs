@@ -211,9 +211,7 @@ fn resolution_dns(spec: &ServiceEntry, issues: &mut Vec<Issue>) {
     let name = RESOLUTIONS.iter().find(|(_, number)| *number == spec.resolution).map_or("", |(name, _)| name);
     if spec.endpoints.is_empty() {
         let mut wrong = spec.hosts.iter().enumerate();
-        if let Some((index, reason)) =
-            wrong.find_map(|(index, host)| Some((index, predicates::fqdn(host).err()?)))
-        {
+        if let Some((index, reason)) = wrong.find_map(|(index, host)| Some((index, predicates::fqdn(host).err()?))) {
             let message = format!(
                 "hosts must be FQDN or contain only prefix wildcards if no endpoints are provided for resolution mode \
                  {name}, {reason}"
@@ -237,7 +235,8 @@ fn resolution_dns(spec: &ServiceEntry, issues: &mut Vec<Issue>) {
     }
     let tcp = spec.ports.iter().any(|port| is_tcp_class(protocol(&port.protocol)));
     if tcp && !spec.addresses.is_empty() && spec.hosts.len() > 1 {
-        let message = "service entry can not have more than one host specified simultaneously with address and tcp port";
+        let message =
+            "service entry can not have more than one host specified simultaneously with address and tcp port";
         issues.push(Issue::warned("hosts-share-address", "spec.hosts", message));
     }
 }
@@ -272,7 +271,8 @@ fn resolution_dynamic_dns(meta: &Meta, spec: &ServiceEntry, issues: &mut Vec<Iss
     match spec.location {
         0 => {}
         1 if waypoint => {
-            let message = "location MESH_INTERNAL with resolution type DYNAMIC_DNS is not supported when using waypoints";
+            let message =
+                "location MESH_INTERNAL with resolution type DYNAMIC_DNS is not supported when using waypoints";
             issues.push(Issue::refused("dynamic-waypoint", "spec.location", message));
         }
         1 => {}

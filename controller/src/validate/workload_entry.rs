@@ -36,9 +36,7 @@ pub(super) fn endpoint(
             let message = format!("unix endpoint {} must not include ports", entry.address);
             issues.push(Issue::refused("unix-ports", format!("{path}.ports"), message));
         }
-    } else if !predicates::is_ip(&entry.address)
-        && !(names_allowed && predicates::fqdn(&entry.address).is_ok())
-    {
+    } else if !predicates::is_ip(&entry.address) && !(names_allowed && predicates::fqdn(&entry.address).is_ok()) {
         let wanted = if names_allowed { "FQDN or an IP address" } else { "IP address" };
         let message = format!("endpoint address {:?} is not a valid {wanted}", entry.address);
         issues.push(Issue::refused("endpoint-address", address, message));
