@@ -185,6 +185,9 @@ fn sniffed_address_has_one_virtual_host() {
     let one = world([entry(se("a", &["a.com"], &[(7000, Auto)]).with(addresses(&["10.0.9.1"])))]);
     assert_eq!(one.http("10.0.9.1:7000", "whatever"), "outbound|7000||a.com");
     assert_eq!(one.tcp("10.0.9.1:7000"), "outbound|7000||a.com");
+    let two = world([entry(se("a", &["a.com"], &[(7000, Auto)]).with(addresses(&["10.0.9.1", "10.0.9.2"])))]);
+    assert_eq!(two.http("10.0.9.1:7000", "a.com"), "404", "two listeners, one name for their routes");
+    assert_eq!(two.tcp("10.0.9.2:7000"), "outbound|7000||a.com");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use objects::*;
-use portolan_controller::embed::Controller;
+use portolan_controller::embed::{Controller, ControllerConfig};
 use portolan_controller::model::Protocol::*;
 use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution};
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
@@ -272,4 +272,21 @@ async fn plans_follow_the_ports() {
     };
     let (got, _, _) = Discovery::new(&controller, resumed).await.next().await;
     assert_eq!(got.keys().collect::<Vec<_>>(), ["0", "443"], "port 80 is held as it is");
+}
+
+#[tokio::test]
+async fn files_are_read_and_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.yaml");
+    let text = |host: &str| {
+        let head = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: a}\n";
+        format!("{head}spec: {{hosts: [{host}], ports: [{{number: 80, name: http, protocol: HTTP}}], resolution: DNS}}\n")
+    };
+    std::fs::write(&file, text("a.com")).unwrap();
+    let config = ControllerConfig { paths: vec![folder.path().to_owned()], mesh: None };
+    let controller = Controller::start(&config).await.unwrap();
+    let mut client = Discovery::new(&controller, ask(CLUSTER_TYPE_URL, &["outbound|80||a.com"])).await;
+    assert_eq!(client.next().await.0.len(), 1);
+    std::fs::write(&file, text("b.com")).unwrap();
+    assert_eq!(client.next().await.1, ["outbound|80||a.com"]);
 }

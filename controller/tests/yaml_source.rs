@@ -164,6 +164,22 @@ async fn files_come_and_go() {
 }
 
 #[tokio::test]
+async fn documents_move_within_a_file() {
+    let list = |names: &[&str]| names.iter().map(|n| entry(n, &format!("{n}.com"))).collect::<String>();
+    let folder = Folder::new(&[("a.yaml", &list(&["a", "b", "c", "d"]))]);
+    let (mut source, _) = folder.load();
+    folder.write("a.yaml", &list(&["a", "c", "b", "d", "e"]));
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("e", "e.com")]));
+    folder.write("a.yaml", &list(&["e", "d"]));
+    let gone = map(&[("a", "deleted"), ("b", "deleted"), ("c", "deleted")]);
+    assert_eq!(hosts(&next(&mut source).await.changes), gone);
+    folder.write("a.yaml", &[list(&["e", "d"]), entry("d", "d2.com")].concat());
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("d", "d2.com")]));
+    folder.write("a.yaml", &list(&["d"]));
+    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("d", "d.com"), ("e", "deleted")]));
+}
+
+#[tokio::test]
 async fn a_mounted_config_map_is_followed() {
     let folder = Folder::new(&[("..1/a.yaml", &entry("x", "x.com")), ("..2/a.yaml", &entry("x", "x2.com"))]);
     std::os::unix::fs::symlink("..1", folder.path("..data")).unwrap();

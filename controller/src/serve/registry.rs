@@ -1,7 +1,7 @@
 //! `portolan.v1.Registry`: pages, and then their changes. One update is under way at a time; while it waits for its
 //! acknowledgement, later ones gather into the next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use portolan_proto::v1::{self, Page, WatchRequest, WatchResponse, registry_server::Registry, watch_request};
@@ -48,8 +48,30 @@ impl Registry for Service {
     }
 }
 
-/// Page digests by id.
-type Held = BTreeMap<PageId, u64>;
+/// Pages that a subscriber has.
+#[derive(Clone)]
+enum Held {
+    /// By its own account: digests by id.
+    Stated(BTreeMap<PageId, u64>),
+    /// What was sent to it.
+    Published(Arc<Published>),
+}
+
+impl Held {
+    fn digest(&self, id: PageId) -> Option<u64> {
+        match self {
+            Held::Stated(pages) => pages.get(&id).copied(),
+            Held::Published(published) => published.page_digest(id),
+        }
+    }
+
+    fn ids(&self) -> Vec<PageId> {
+        match self {
+            Held::Stated(pages) => pages.keys().copied().collect(),
+            Held::Published(published) => published.pages.iter().map(|p| p.id).collect(),
+        }
+    }
+}
 
 struct Subscriber {
     name: String,
@@ -58,7 +80,7 @@ struct Subscriber {
     /// The update that it has not answered, and what it will hold then.
     sent: Option<(u64, Held)>,
     /// Pages of refused updates, of which nobody knows whether it kept them. While there are any, the next update is whole.
-    doubtful: Option<Held>,
+    doubtful: Option<BTreeSet<PageId>>,
     /// The last version that was sent or needed no sending.
     version: u64,
 }
@@ -84,7 +106,7 @@ async fn serve(
     let mut subscriber =
         Subscriber { name: subscribe.subscriber, held, sent: None, doubtful: None, version: subscribe.version };
     let current = published.borrow_and_update().clone();
-    let pages = subscriber.held.len();
+    let pages = subscriber.held.ids().len();
     tracing::info!(subscriber = subscriber.name, held = pages, version = subscribe.version, "subscribed");
     send(&mut subscriber, &current, true, &counters, &responses).await?;
     loop {
@@ -125,7 +147,7 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
         Some(watch_request::Message::Nack(v1::Nack { version, reason })) => {
             if let Some((_, held)) = subscriber.sent.take_if(|(sent, _)| *sent == version) {
                 Counters::add(&counters.nacks, 1);
-                subscriber.doubtful.get_or_insert_default().extend(held);
+                subscriber.doubtful.get_or_insert_default().extend(held.ids());
                 tracing::warn!(subscriber = name, version, reason, "refused: the last good update stays in force");
             }
         }
@@ -138,19 +160,17 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
 /// Sends what the subscriber lacks. Without any difference nothing is sent, but the first answer to a subscription.
 async fn send(
     subscriber: &mut Subscriber,
-    current: &Published,
+    current: &Arc<Published>,
     first: bool,
     counters: &Counters,
     responses: &mpsc::Sender<Result<WatchResponse, Status>>,
 ) -> Result<(), Status> {
     subscriber.version = current.version;
     let whole = subscriber.doubtful.is_some();
-    let held = |id: &PageId| subscriber.held.get(id).copied();
-    let lacks = current.pages.iter().filter(|p| whole || held(&p.id) != Some(p.digest));
-    let known = subscriber.held.keys().chain(subscriber.doubtful.iter().flatten().map(|(id, _)| id));
-    let mut removed: Vec<PageId> = known.copied().filter(|id| current.page_digest(*id).is_none()).collect();
-    removed.sort_unstable();
-    removed.dedup();
+    let lacks = current.pages.iter().filter(|p| whole || subscriber.held.digest(p.id) != Some(p.digest));
+    let mut known: BTreeSet<PageId> = subscriber.held.ids().into_iter().collect();
+    known.extend(subscriber.doubtful.iter().flatten());
+    let removed = known.into_iter().filter(|id| current.page_digest(*id).is_none()).collect();
 
     let version = current.version;
     let blank = || WatchResponse { version, ..WatchResponse::default() };
@@ -180,8 +200,7 @@ async fn send(
     Counters::add(&counters.pages, pages);
     Counters::add(&counters.bytes, bytes);
     tracing::info!(subscriber = subscriber.name, version, pages, bytes, parts = parts.len(), whole, "update sent");
-    let will_hold = current.pages.iter().map(|p| (p.id, p.digest)).collect();
-    subscriber.sent = Some((version, will_hold));
+    subscriber.sent = Some((version, Held::Published(current.clone())));
     for part in parts {
         responses.send(Ok(part)).await.map_err(|_| Status::cancelled("the subscriber has gone"))?;
     }
@@ -193,8 +212,8 @@ fn read_held(bytes: &[u8]) -> Result<Held, Status> {
     if !rest.is_empty() {
         return Err(Status::invalid_argument("held is 12 bytes for each page"));
     }
-    Ok(entries
-        .iter()
-        .map(|[a, b, c, d, digest @ ..]| (u32::from_le_bytes([*a, *b, *c, *d]), u64::from_le_bytes(*digest)))
-        .collect())
+    let entry = |[a, b, c, d, digest @ ..]: &[u8; 12]| {
+        (u32::from_le_bytes([*a, *b, *c, *d]), u64::from_le_bytes(*digest))
+    };
+    Ok(Held::Stated(entries.iter().map(entry).collect()))
 }
