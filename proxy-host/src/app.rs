@@ -125,16 +125,13 @@ pub fn run(config: Config, log: AccessLog) -> Result<(), AppError> {
     };
     let mut app = App::start(config, log)?;
     let said = runtime.block_on(async {
-        loop {
-            tokio::select! {
-                ready = app.ready() => {
-                    ready?;
-                    eprintln!("proxy-host: ready after {} ms: {}", begun.elapsed().as_millis(), app.describe());
-                    break;
-                }
-                _ = term.recv() => return Ok(true),
-                _ = int.recv() => return Ok(true),
+        tokio::select! {
+            ready = app.ready() => {
+                ready?;
+                eprintln!("proxy-host: ready after {} ms: {}", begun.elapsed().as_millis(), app.describe());
             }
+            _ = term.recv() => return Ok(true),
+            _ = int.recv() => return Ok(true),
         }
         tokio::select! {
             error = app.failed() => Err(error),

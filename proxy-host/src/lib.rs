@@ -3,6 +3,12 @@
 //! A request or connection comes in by a [`listener`], is shown to the [`filter`] by way of the proxy-wasm ABI
 //! ([`vm`]), and goes out to a cluster of [`upstream`]. Like Envoy, nothing here knows why the filter chose it.
 
+#![allow(
+    clippy::large_enum_variant,
+    clippy::result_large_err,
+    reason = "such values are moved once per request; a box would cost an allocation each time"
+)]
+
 pub mod access_log;
 pub mod ads;
 pub mod app;

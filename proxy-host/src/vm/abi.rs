@@ -219,8 +219,11 @@ fn length(len: usize) -> [u8; 4] {
     u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes()
 }
 
+/// Names and values, as they lie in guest memory.
+pub(super) type RawPairs<'b> = Vec<(&'b [u8], &'b [u8])>;
+
 /// Reads the ABI's pairs out of guest bytes; no bytes at all are an empty map.
-pub(super) fn read_pairs(bytes: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Status> {
+pub(super) fn read_pairs(bytes: &[u8]) -> Result<RawPairs<'_>, Status> {
     if bytes.is_empty() {
         return Ok(Vec::new());
     }

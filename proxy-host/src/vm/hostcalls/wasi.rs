@@ -99,8 +99,7 @@ fn fd_write(mut caller: Caller<'_, HostState>, fd: u32, iov: u32, count: u32, to
     let (memory, state) = split(&mut caller).map_err(|_| FAULT)?;
     let table = read(memory, iov, count.checked_mul(8).ok_or(INVAL)?).map_err(|_| FAULT)?;
     let mut written = 0_u32;
-    for entry in table.chunks_exact(8) {
-        let [a, b, c, d, e, f, g, h] = *entry else { return Err(FAULT) };
+    for &[a, b, c, d, e, f, g, h] in table.as_chunks::<8>().0 {
         let (at, len) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
         let bytes = read(memory, at, len).map_err(|_| FAULT)?;
         written = written.checked_add(len).ok_or(INVAL)?;
