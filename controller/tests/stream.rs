@@ -280,7 +280,9 @@ async fn files_are_read_and_followed() {
     let file = folder.path().join("a.yaml");
     let text = |host: &str| {
         let head = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: a}\n";
-        format!("{head}spec: {{hosts: [{host}], ports: [{{number: 80, name: http, protocol: HTTP}}], resolution: DNS}}\n")
+        format!(
+            "{head}spec: {{hosts: [{host}], ports: [{{number: 80, name: http, protocol: HTTP}}], resolution: DNS}}\n"
+        )
     };
     std::fs::write(&file, text("a.com")).unwrap();
     let config = ControllerConfig { paths: vec![folder.path().to_owned()], mesh: None };

@@ -16,7 +16,7 @@ use portolan_proto::envoy::google::protobuf::{self, Any, Struct, UInt32Value, Va
 use prost::{Message, Name};
 
 use self::endpoints::{Endpoint, Workloads, host_endpoints};
-use crate::compile::service::{Context, Member, Resolved, Source};
+use crate::compile::service::{Context, Member, Resolved, Source, http_class};
 use crate::model::{Protocol, Resolution, ServicePort};
 
 /// Cluster that dials the address that the client dialled.
@@ -76,6 +76,11 @@ pub(crate) fn build(
     let base = resolved.services.get(owner.base)?;
     let declared = resolved.services.get(owner.declared)?;
     let service_port = declared.port(port)?;
+    // A TCP port of a service that did not merge has a listener but no cluster, and so is closed (recorded, gen-se-3);
+    // over HTTP, Portolan lets the port belong to the entry that declares it.
+    if !resolved.is_merged(owner) && !http_class(service_port.protocol) {
+        return None;
+    }
     let source = &base.member.source;
     if name.starts_with("forward|") {
         let cluster = (source.resolution() == Resolution::None).then(|| forward_proxy(name, cx))?;

@@ -218,6 +218,13 @@ pub(crate) struct Resolved {
     pub(crate) aliases: Vec<String>,
 }
 
+impl Resolved {
+    /// Is the port one that Istio makes a cluster for?
+    pub(crate) fn is_merged(&self, owner: &HostPortOwner) -> bool {
+        owner.base == first(&self.services)
+    }
+}
+
 /// Resolves what one host name means; `None`: nothing that this subscriber may see.
 pub(crate) fn resolve(members: &[Member], aliases: &[Member], cx: &Context) -> Option<Resolved> {
     let mut list: Vec<Spoken> = members
@@ -251,10 +258,15 @@ fn winner<'l>(list: &'l [Spoken], own: &str) -> Option<&'l str> {
     Some(&best.meta().namespace)
 }
 
+/// The service that the clusters of a host are made of.
+fn first(services: &[Spoken]) -> usize {
+    services.iter().position(|s| s.member.source.is_kube()).unwrap_or(0)
+}
+
 /// Who owns each port. Istio merges clusters by its rules; a port that it would route to a cluster it never makes
 /// belongs to the oldest service that declares it (DESIGN, Differences).
 fn ports(services: &[Spoken]) -> Vec<HostPortOwner> {
-    let base = services.iter().position(|s| s.member.source.is_kube()).unwrap_or(0);
+    let base = first(services);
     let mut out: Vec<HostPortOwner> = Vec::new();
     let mut take = |index: usize, base: usize, service: &Spoken| {
         for port in service.member.source.ports().iter().filter(|p| p.protocol != Protocol::Udp) {

@@ -212,8 +212,7 @@ fn read_held(bytes: &[u8]) -> Result<Held, Status> {
     if !rest.is_empty() {
         return Err(Status::invalid_argument("held is 12 bytes for each page"));
     }
-    let entry = |[a, b, c, d, digest @ ..]: &[u8; 12]| {
-        (u32::from_le_bytes([*a, *b, *c, *d]), u64::from_le_bytes(*digest))
-    };
+    let entry =
+        |[a, b, c, d, digest @ ..]: &[u8; 12]| (u32::from_le_bytes([*a, *b, *c, *d]), u64::from_le_bytes(*digest));
     Ok(Held::Stated(entries.iter().map(entry).collect()))
 }
