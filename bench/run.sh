@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Every benchmark; each checks its answer before it times. bench/RESULTS.md holds the last numbers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cargo bench --locked -p portolan-registry --bench lookup
+cargo build --locked --release -p portolan-proxy-host -p portolan-tests --bins
+for entries in 10 100000; do
+    python3 bench/serving.py target/release/proxy-host target/release/origin $entries
+done
+ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm
