@@ -4,9 +4,10 @@ mod vm_support;
 
 use bytes::Bytes;
 use portolan_proxy_host::vm::{
-    ContextId, Engine, EngineError, Limits, Outcome, PeerType, StartError, Trap, TrapKind, Vm, VmConfig,
+    ContextId, Engine, EngineError, Limits, Outcome, PeerType, Shared, StartError, Trap, TrapKind, Vm, VmConfig,
 };
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_support::{Rig, config, env, guest, on_request, raw, request, start, start_with};
 
@@ -150,10 +151,12 @@ fn a_stack_that_overflows_is_an_error() {
 fn an_endless_loop_ends_at_the_deadline() {
     let engine = guest(r#"(func (export "proxy_on_tick") (param i32) (loop (br 0)))"#);
     let limits = Limits { deadline: Duration::from_millis(20), ..Limits::default() };
-    let mut rig = start_with(&engine, VmConfig { limits, ..config() });
+    let shared = Arc::new(Shared::default());
+    let mut rig = start_with(&engine, VmConfig { limits, shared: shared.clone(), ..config() });
     let begun = Instant::now();
     let trap = rig.vm.on_tick(rig.root).expect_err("a trap");
     assert_eq!(trap.kind, TrapKind::Deadline);
+    assert_eq!((shared.traps(TrapKind::Deadline), shared.traps(TrapKind::Guest)), (1, 0));
     // Far above the deadline, for a machine that is busy; far below for ever.
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }

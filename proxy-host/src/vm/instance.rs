@@ -62,8 +62,11 @@ impl Instance {
             Ok(results) => Ok(results),
             Err(error) => {
                 self.dead = true;
-                self.store.data_mut().flush_output();
-                Err(Trap::new(callback, &error))
+                let trap = Trap::new(callback, &error);
+                let state = self.store.data_mut();
+                state.flush_output();
+                state.shared.count_trap(trap.kind);
+                Err(trap)
             }
         }
     }

@@ -2,9 +2,11 @@
 //! its locks are not on the path of a request that does not ask for them.
 
 use super::abi::Status;
+use super::error::TrapKind;
 use super::metrics::Metrics;
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Upper bound of all shared data and queued messages together, so that a guest cannot fill the host's memory.
@@ -18,6 +20,8 @@ pub type QueueWaker = Arc<dyn Fn(u32, u32) + Send + Sync>;
 pub struct Shared {
     /// Metrics by name, over all VMs.
     pub metrics: Arc<Metrics>,
+    /// By [`TrapKind`].
+    traps: [AtomicU64; 3],
     data: Mutex<Data>,
     queues: Mutex<Queues>,
 }
@@ -48,6 +52,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    /// Callbacks that did not return, over all VMs since the start. A callback that was not tried counts for nothing.
+    pub fn traps(&self, kind: TrapKind) -> u64 {
+        self.traps.get(kind as usize).map_or(0, |count| count.load(Relaxed))
+    }
+
+    pub(super) fn count_trap(&self, kind: TrapKind) {
+        if let Some(count) = self.traps.get(kind as usize) {
+            count.fetch_add(1, Relaxed);
+        }
+    }
+
     /// The value of `key` and its compare-and-swap number.
     pub(super) fn get(&self, vm_id: &str, key: &[u8]) -> Result<(Bytes, u32), Status> {
         let key = (vm_id.to_owned(), Bytes::copy_from_slice(key));
