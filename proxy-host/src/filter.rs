@@ -319,3 +319,58 @@ impl Inner {
         Rc::downgrade(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::{PluginConfig, PluginKind};
+    use tokio::{sync::mpsc, task::LocalSet};
+    use tonic::transport::Endpoint;
+
+    /// A filter that crashes in the two callbacks that decide.
+    const CRASHES: &str = r#"(module
+        (memory (export "memory") 1)
+        (func (export "proxy_abi_version_0_2_1"))
+        (func (export "proxy_on_memory_allocate") (param i32) (result i32) i32.const 1024)
+        (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32) unreachable)
+        (func (export "proxy_on_new_connection") (param i32) (result i32) unreachable))"#;
+
+    fn crashing() -> Filter {
+        let engine = Engine::compile(&wat::parse_str(CRASHES).unwrap()).unwrap();
+        let plugin = |root_id: &str, kind| PluginConfig {
+            name: root_id.into(),
+            root_id: root_id.into(),
+            configuration: bytes::Bytes::new(),
+            kind,
+        };
+        let plugins = vec![plugin(HTTP_ROOT, PluginKind::Http), plugin(TCP_ROOT, PluginKind::Network)];
+        let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let calls = Rc::new(Calls::new(channel, 0, mpsc::unbounded_channel().0));
+        Filter::start(engine, VmConfig { plugins, ..VmConfig::default() }, calls).unwrap()
+    }
+
+    fn connection() -> Rc<Connection> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 80));
+        Rc::new(Connection { id: 1, source: address, destination: address, captured: true, server_name: None })
+    }
+
+    #[tokio::test(flavor = "current_thread", start_paused = true)]
+    async fn a_crash_refuses_what_it_was_about_and_the_vm_is_replaced() {
+        let all = async {
+            let filter = crashing();
+            for crashes in 1..4 {
+                let verdict = filter.request(&connection(), RequestHead::default(), true).await;
+                assert!(matches!(verdict, HttpVerdict::Failed));
+                assert_eq!(filter.traps(), crashes);
+                // In a crash loop there is no VM until the pause is over; then too nothing is let through.
+                let verdict = filter.request(&connection(), RequestHead::default(), true).await;
+                assert!(matches!(verdict, HttpVerdict::Failed));
+                assert_eq!(filter.traps(), crashes);
+                tokio::time::sleep(RESTART * 2).await;
+            }
+            assert!(matches!(filter.connection(&connection()).await, TcpVerdict::Close(_)));
+            assert_eq!(filter.traps(), 4);
+        };
+        LocalSet::new().run_until(all).await;
+    }
+}
