@@ -256,8 +256,13 @@ impl Exchange {
     /// An answer of the filter's.
     fn local(mut self, response: LocalResponse) -> Response<ResponseBody> {
         self.entry.reason = Some(String::from_utf8_lossy(&response.details).into_owned());
+        let grpc = self.grpc;
         let mut answer = self.reply(response.status, response.body, response.grpc_status);
-        for (name, value) in &response.headers {
+        // One content type: the filter's own, but for gRPC, whose form of an answer is fixed.
+        if !grpc && response.headers.contains_key(CONTENT_TYPE) {
+            answer.headers_mut().remove(CONTENT_TYPE);
+        }
+        for (name, value) in response.headers.iter().filter(|(name, _)| !grpc || **name != CONTENT_TYPE) {
             answer.headers_mut().append(name, value.clone());
         }
         answer
