@@ -4,7 +4,7 @@
 //! all resources of a file that cannot be read, and those missing from a file of which some part cannot be read. Of a
 //! file that changed only the documents that changed are read.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -21,6 +21,8 @@ use crate::validate::finding::{Finding, Severity};
 
 /// How long a file may be empty before that counts: many programs empty a file before they write it.
 const EMPTY: Duration = Duration::from_millis(250);
+/// How many documents of a file may change for it to be changed in place.
+const IN_PLACE: usize = 64;
 /// When to look for a directory again that is gone.
 const GONE: Duration = Duration::from_millis(500);
 
@@ -114,6 +116,9 @@ struct File {
     stamp: Option<Stamp>,
     /// Outcomes of documents that were read without error, by the hash of their text, with the line they began on.
     documents: HashMap<u64, (u32, Vec<Outcome>)>,
+    /// The hashes of all documents in their order, where each holds resources in force and no two the same one; then
+    /// a change can be made in place.
+    order: Option<Vec<u64>>,
     /// The resources in force.
     objects: HashMap<ObjectKey, Placed>,
     mesh: Option<MeshConfig>,
@@ -214,6 +219,11 @@ impl YamlSource {
         if rescan {
             self.rescan(&mut batch);
         }
+        // Two files of one batch may touch the same resource; what counts is the end.
+        let mut seen = HashSet::new();
+        batch.changes.reverse();
+        batch.changes.retain(|change| seen.insert(change_key(change)));
+        batch.changes.reverse();
         let mesh = self.effective_mesh();
         if mesh != self.mesh {
             self.mesh = mesh.clone();
@@ -312,6 +322,9 @@ impl YamlSource {
             file.stamp = None;
             return self.watcher.again(path.to_owned(), EMPTY);
         }
+        if let Some(findings) = self.patch(path, &text, name, stamp, batch) {
+            return batch.findings.extend(findings);
+        }
         let empty = File::default();
         let (mut file, findings) = self.files.get(path).unwrap_or(&empty).reread(&text, name);
         file.stamp = stamp;
@@ -329,12 +342,90 @@ impl YamlSource {
             (old, new) => old.is_none() && new.is_none(),
         };
         let touched: BTreeSet<ObjectKey> = old.keys().chain(new.keys()).filter(|key| !same(key)).cloned().collect();
+        self.change(touched, batch, |files| {
+            match file {
+                Some(file) => files.insert(path.to_owned(), file),
+                None => files.remove(path),
+            };
+        });
+    }
+
+    /// Changes a large file in place, so that the cost of one changed document is not that of all the others. `None`
+    /// if that cannot be done.
+    fn patch(
+        &mut self,
+        path: &Path,
+        text: &str,
+        name: &Arc<str>,
+        stamp: Option<Stamp>,
+        batch: &mut Batch,
+    ) -> Option<Vec<Finding>> {
+        let file = self.files.get(path)?;
+        let old = file.order.as_ref()?;
+        let documents: Vec<_> = documents::split(text).collect();
+        let new: Vec<u64> = documents.iter().map(|document| hash(document.text)).collect();
+        let head = old.iter().zip(&new).take_while(|(a, b)| a == b).count();
+        let tail = old[head..].iter().rev().zip(new[head..].iter().rev()).take_while(|(a, b)| a == b).count();
+        let (gone, come) = (head..old.len() - tail, head..new.len() - tail);
+        if gone.len().max(come.len()) > IN_PLACE {
+            return None;
+        }
+        let forgotten: Vec<u64> = old[gone].to_vec();
+        let removed: Vec<ObjectKey> = forgotten
+            .iter()
+            .filter_map(|hash| file.documents.get(hash))
+            .flat_map(|(_, outcomes)| outcomes)
+            .filter_map(|outcome| if let Outcome::Object(object, _) = outcome { Some(object.key()) } else { None })
+            .collect();
+        let mut findings = Vec::new();
+        let mut added: BTreeMap<ObjectKey, Placed> = BTreeMap::new();
+        let mut fresh = Vec::new();
+        for index in come {
+            if file.documents.contains_key(&new[index]) {
+                return None;
+            }
+            let (outcomes, found) = read::document(&documents[index], name);
+            findings.extend(found);
+            for outcome in &outcomes {
+                let Outcome::Object(object, line) = outcome else { return None };
+                let key = object.key();
+                if file.objects.contains_key(&key) && !removed.contains(&key) {
+                    return None;
+                }
+                let placed = Placed { object: object.clone(), file: Arc::clone(name), line: *line };
+                if added.insert(key, placed).is_some() {
+                    return None;
+                }
+            }
+            fresh.push((new[index], (documents[index].line, outcomes)));
+        }
+        if fresh.iter().map(|(hash, _)| hash).collect::<BTreeSet<_>>().len() < fresh.len() {
+            return None;
+        }
+        let touched = removed.iter().chain(added.keys()).cloned().collect();
+        self.change(touched, batch, |files| {
+            let Some(file) = files.get_mut(path) else { return };
+            forgotten.iter().for_each(|hash| drop(file.documents.remove(hash)));
+            removed.iter().for_each(|key| drop(file.objects.remove(key)));
+            file.documents.extend(fresh);
+            file.objects.extend(added);
+            file.order = Some(new);
+            file.stamp = stamp;
+            file.emptied = false;
+        });
+        Some(findings)
+    }
+
+    /// Makes an edit and says which of the touched resources it changes.
+    fn change(
+        &mut self,
+        touched: BTreeSet<ObjectKey>,
+        batch: &mut Batch,
+        edit: impl FnOnce(&mut BTreeMap<PathBuf, File>),
+    ) {
         let before: Vec<Option<Object>> =
             touched.iter().map(|key| self.winner(key).map(|p| p.object.clone())).collect();
-        match file {
-            Some(file) => self.files.insert(path.to_owned(), file),
-            None => self.files.remove(path),
-        };
+        edit(&mut self.files);
         for (key, before) in touched.into_iter().zip(before) {
             let after = self.winner(&key);
             let change = match (&before, after) {
@@ -349,8 +440,6 @@ impl YamlSource {
             {
                 batch.findings.push(conflict::duplicate(other, after));
             }
-            // Two files of one batch may touch the same resource; what counts is the end.
-            batch.changes.retain(|earlier| change_key(earlier) != key);
             batch.changes.push(change);
         }
     }
@@ -368,6 +457,9 @@ impl File {
         let mut findings = Vec::new();
         let mut complete = true;
         let mut mesh_refused = false;
+        let mut order = Vec::new();
+        // Resources of documents that hold nothing else.
+        let mut plain = 0;
         for document in documents::split(text) {
             let hash = hash(document.text);
             let known = self.documents.get(&hash);
@@ -404,7 +496,11 @@ impl File {
                 }
             }
             if good {
+                plain += outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Object(..))).count();
+                order.push(hash);
                 file.documents.insert(hash, (first, outcomes));
+            } else {
+                plain = usize::MAX / 2;
             }
         }
         if !complete {
@@ -415,6 +511,8 @@ impl File {
         if file.mesh.is_none() && (mesh_refused || !complete) {
             file.mesh.clone_from(&self.mesh);
         }
+        let distinct = plain == file.objects.len() && order.len() == file.documents.len() && file.mesh.is_none();
+        file.order = distinct.then_some(order);
         (file, findings)
     }
 
