@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo bench --locked -p portolan-registry --bench lookup
+cargo bench --locked -p portolan-tests --bench filter
 cargo build --locked --release -p portolan-proxy-host -p portolan-tests --bins
 for entries in 10 100000; do
     python3 bench/serving.py target/release/proxy-host target/release/origin $entries
