@@ -1,6 +1,6 @@
 //! Keeps rows in pages: the compiler's side of a snapshot.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::encode::{self, EncodeError, TAG_SUFFIX, TAG_SUFFIXES};
@@ -199,30 +199,9 @@ impl Writer {
         touched.entry(id).or_insert_with(|| page.clone());
         page
     }
-
-    /// Ids of pages that this snapshot has and a subscriber does not, and those it has in excess. `held` is what
-    /// [`crate::snapshot::Snapshot::held`] gives.
-    pub fn difference(&self, held: &[u8]) -> (Vec<PageId>, Vec<PageId>) {
-        let held = parse_held(held);
-        let missing = self.pages().filter(|(id, p)| held.get(id) != Some(&page::digest(p))).map(|(id, _)| id).collect();
-        let extra: BTreeSet<PageId> = held.keys().filter(|id| !self.pages.contains_key(id)).copied().collect();
-        (missing, extra.into_iter().collect())
-    }
 }
 
 fn fits(a: &[Packed], b: &[Packed]) -> bool {
     let joined = page::size(a) + page::size(b) - page::size(&[]);
     joined <= PAGE_LIMIT || a.len() + b.len() <= 1
-}
-
-/// Reads an inventory of pages, as a subscriber sends it: 12 bytes each, id then digest; a broken tail is ignored.
-pub fn parse_held(held: &[u8]) -> BTreeMap<PageId, u64> {
-    let (entries, _) = held.as_chunks::<12>();
-    entries
-        .iter()
-        .map(|e| {
-            let [a, b, c, d, digest @ ..] = *e;
-            (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(digest))
-        })
-        .collect()
 }

@@ -23,7 +23,12 @@ fn row(i: usize) -> Row {
     Row::Host { pattern: pattern.parse().expect("a pattern"), ports: vec![port] }
 }
 
-fn measure(filter: &mut Filter, hosts: &[String], destination: SocketAddr, wanted: fn(&str, &HttpDecision) -> bool) -> f64 {
+fn measure(
+    filter: &mut Filter,
+    hosts: &[String],
+    destination: SocketAddr,
+    wanted: fn(&str, &HttpDecision) -> bool,
+) -> f64 {
     let ask = |filter: &mut Filter, host: &str| {
         let headers: [(&str, &[u8]); 7] = [
             (":authority", host.as_bytes()),
@@ -70,9 +75,12 @@ fn main() {
         }
         let hosts: Vec<String> = (0..2000).map(|i| format!("host-{}.example.com", i * 7919 % n)).collect();
         let nobody: Vec<String> = (0..2000).map(|i| format!("nobody-{i}.example.org")).collect();
-        let hit = measure(&mut filter, &hosts, destination, |host, d| {
-            matches!(d, HttpDecision::Route { cluster, .. } if *cluster == format!("outbound|80||{host}"))
-        });
+        let hit = measure(
+            &mut filter,
+            &hosts,
+            destination,
+            |host, d| matches!(d, HttpDecision::Route { cluster, .. } if *cluster == format!("outbound|80||{host}")),
+        );
         let miss = measure(&mut filter, &nobody, destination, |_, d| !matches!(d, HttpDecision::Route { .. }));
         let mut change = Duration::ZERO;
         for version in 2..52 {
