@@ -16,7 +16,7 @@ pub(crate) const TAG_ADDRESS: u8 = 3;
 pub(crate) const TAG_PORT: u8 = 4;
 pub(crate) const TAG_PREFIX: u8 = 5;
 pub(crate) const TAG_GLOBALS: u8 = 6;
-pub(crate) const TAG_SUFFIXES: u8 = 7;
+pub(crate) const TAG_SUMMARY: u8 = 7;
 
 const HTTP: u8 = 1;
 const SNI: u8 = 2;
@@ -239,7 +239,7 @@ pub(crate) fn set_bit(bits: &mut [u8], at: u8) {
     }
 }
 
-pub(crate) fn bit(bits: &[u8], at: u8) -> bool {
+fn bit(bits: &[u8], at: u8) -> bool {
     bits.get(usize::from(at / 8)).is_some_and(|byte| byte >> (at % 8) & 1 == 1)
 }
 
@@ -466,7 +466,7 @@ impl PortRef<'_> {
     }
 }
 
-pub(crate) fn globals(value: &[u8]) -> Option<Globals> {
+fn globals(value: &[u8]) -> Option<Globals> {
     let mut c = Cursor(value);
     let catch_all = match c.u8()? {
         0 => CatchAll::Block,
@@ -474,4 +474,34 @@ pub(crate) fn globals(value: &[u8]) -> Option<Globals> {
         _ => CatchAll::DynamicDns,
     };
     Some(Globals { catch_all, gateway: c.u8()? != 0 })
+}
+
+/// What a snapshot says of itself as a whole.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Summary {
+    /// Lengths of wildcards: those that begin inside a label, then those that begin with a dot.
+    plain: [u8; 32],
+    dotted: [u8; 32],
+    /// Some listener is for one address.
+    pub(crate) addresses: bool,
+    pub(crate) globals: Globals,
+}
+
+impl Summary {
+    /// Reads the two rows; what is not there is nothing.
+    pub(crate) fn open(summary: Option<&[u8]>, row: Option<&[u8]>) -> Self {
+        let mut c = Cursor(summary.unwrap_or_default());
+        Summary {
+            plain: c.array().unwrap_or([0; 32]),
+            dotted: c.array().unwrap_or([0; 32]),
+            addresses: c.u8() == Some(1),
+            globals: row.and_then(globals).unwrap_or_default(),
+        }
+    }
+
+    /// Is there a wildcard that stands before a suffix of this kind and length?
+    pub(crate) fn has_suffix(&self, suffix: &str) -> bool {
+        let half = if suffix.starts_with('.') { &self.dotted } else { &self.plain };
+        u8::try_from(suffix.len()).is_ok_and(|len| bit(half, len))
+    }
 }

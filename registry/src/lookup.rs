@@ -8,8 +8,8 @@ use ipnet::IpNet;
 
 use crate::authority;
 use crate::decision::{Decision, Reason, Rule, Verdict};
-use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_GLOBALS, TAG_PORT, TAG_PREFIX};
-use crate::encode::{TAG_SUFFIX, TAG_SUFFIXES, Use, Value};
+use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_PORT, TAG_PREFIX, TAG_SUFFIX};
+use crate::encode::{Use, Value};
 use crate::name::{self, NameError};
 use crate::row::{CatchAll, Globals};
 use crate::snapshot::Snapshot;
@@ -135,10 +135,13 @@ impl Snapshot {
 
     /// What holds for all; nothing is let through where there is nothing.
     pub fn globals(&self) -> Globals {
-        self.find(TAG_GLOBALS, &[]).and_then(encode::globals).unwrap_or_default()
+        self.summary().globals
     }
 
     fn address(&self, address: IpAddr, port: u16) -> Option<Value<'_>> {
+        if !self.summary().addresses {
+            return None;
+        }
         self.find(TAG_ADDRESS, &encode::address_key(address, port)).and_then(Value::open)
     }
 
@@ -160,13 +163,10 @@ impl Snapshot {
         if let Some(choice) = exact.and_then(|v| v.host_port(port, wanted)) {
             return Some((None, choice));
         }
-        let lengths = self.find(TAG_SUFFIXES, &[])?;
-        let (plain, dotted) = lengths.split_at_checked(32)?;
         // The star stands for at least one character.
         for start in 1..=name.len() {
             let Some(suffix) = name.get(start..) else { continue };
-            let half = if suffix.starts_with('.') { dotted } else { plain };
-            if !u8::try_from(suffix.len()).is_ok_and(|len| encode::bit(half, len)) {
+            if !self.summary().has_suffix(suffix) {
                 continue;
             }
             let row = self.find(TAG_SUFFIX, suffix.as_bytes()).and_then(Value::open);

@@ -121,7 +121,7 @@ pub enum CatchAll {
 }
 
 /// The one row of its kind; a snapshot without it is empty.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Globals {
     /// Unknown destinations.
     pub catch_all: CatchAll,

@@ -4,6 +4,7 @@
 //! so a worker is never held up by the size of the registry.
 
 use crate::blocks::Blocks;
+use crate::encode::{Summary, TAG_GLOBALS, TAG_SUMMARY};
 use crate::hash;
 use crate::page;
 
@@ -119,6 +120,8 @@ impl Pages {
 #[derive(Debug, Default)]
 pub struct Snapshot {
     live: Pages,
+    /// Read from `live` once, since every lookup needs it.
+    summary: Summary,
     /// A whole new snapshot, built up beside the live one.
     fresh: Option<Pages>,
     staged: Vec<Staged>,
@@ -188,6 +191,9 @@ impl Snapshot {
             },
         };
         self.abandon();
+        if result.is_ok() {
+            self.summary = Summary::open(self.find(TAG_SUMMARY, &[]), self.find(TAG_GLOBALS, &[]));
+        }
         result
     }
 
@@ -241,6 +247,10 @@ impl Snapshot {
     /// Bytes that the pages in effect take, and the table over them.
     pub fn bytes(&self) -> usize {
         self.live.blocks.used() + self.live.table.len() * 4
+    }
+
+    pub(crate) fn summary(&self) -> &Summary {
+        &self.summary
     }
 
     pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<&[u8]> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::encode::{self, EncodeError, TAG_SUFFIX, TAG_SUFFIXES};
+use crate::encode::{self, EncodeError, TAG_ADDRESS, TAG_SUFFIX, TAG_SUMMARY};
 use crate::hash;
 use crate::page::{self, MAX_DEPTH, PAGE_LIMIT, PAGE_MAX, Packed};
 use crate::row::{Row, RowKey};
@@ -33,6 +33,8 @@ pub struct Writer {
     pending: Changes,
     /// How many wildcards there are of each length, with and without a leading dot.
     suffixes: [BTreeMap<u8, u32>; 2],
+    /// How many listeners of one address there are.
+    addresses: u32,
     digest: u64,
 }
 
@@ -47,7 +49,13 @@ impl Writer {
     pub fn new() -> Self {
         let empty: Arc<[u8]> = page::write(&[]).into();
         let digest = hash::contribution(1, page::digest(&empty));
-        Writer { pages: [(1, empty)].into(), pending: BTreeMap::new(), suffixes: Default::default(), digest }
+        Writer {
+            pages: [(1, empty)].into(),
+            pending: BTreeMap::new(),
+            suffixes: Default::default(),
+            addresses: 0,
+            digest,
+        }
     }
 
     /// Adds a row or replaces the one of its key, at the next [`Writer::commit`]. A row that cannot fit a page is
@@ -73,10 +81,8 @@ impl Writer {
     pub fn commit(&mut self) -> Commit {
         let mut touched: BTreeMap<PageId, Arc<[u8]>> = BTreeMap::new();
         let mut pending = std::mem::take(&mut self.pending);
-        self.count_suffixes(&pending);
-        let lengths = self.lengths();
-        let packed = (hash::key(TAG_SUFFIXES, &[]), TAG_SUFFIXES, Vec::new());
-        pending.insert(packed, if lengths.iter().all(|b| *b == 0) { None } else { Some(lengths) });
+        self.count(&pending);
+        pending.insert((hash::key(TAG_SUMMARY, &[]), TAG_SUMMARY, Vec::new()), self.summary());
 
         let mut pending = pending.into_iter().peekable();
         while let Some((first, _)) = pending.peek() {
@@ -126,13 +132,17 @@ impl Writer {
             .unwrap_or(1)
     }
 
-    /// Every wildcard's length is kept in one row, so that a lookup asks only for lengths that exist.
-    fn count_suffixes(&mut self, pending: &Changes) {
-        for ((hash, tag, key), value) in pending.iter().filter(|((_, tag, _), _)| *tag == TAG_SUFFIX) {
+    /// What a lookup need not ask for is kept in one row, the summary: wildcards by length, and addresses at all.
+    fn count(&mut self, pending: &Changes) {
+        let counted = |tag: u8| tag == TAG_SUFFIX || tag == TAG_ADDRESS;
+        for ((hash, tag, key), value) in pending.iter().filter(|((_, tag, _), _)| counted(*tag)) {
             let had = self.pages.get(&self.leaf(*hash)).is_some_and(|p| page::find(p, *hash, *tag, key).is_some());
             let dotted = usize::from(key.first() == Some(&b'.'));
-            let (Some(counts), Ok(len)) = (self.suffixes.get_mut(dotted), u8::try_from(key.len())) else { continue };
-            let count = counts.entry(len).or_default();
+            let count = match (*tag, self.suffixes.get_mut(dotted), u8::try_from(key.len())) {
+                (TAG_ADDRESS, ..) => &mut self.addresses,
+                (_, Some(counts), Ok(len)) => counts.entry(len).or_default(),
+                _ => continue,
+            };
             match (had, value.is_some()) {
                 (false, true) => *count += 1,
                 (true, false) => *count = count.saturating_sub(1),
@@ -141,12 +151,13 @@ impl Writer {
         }
     }
 
-    fn lengths(&self) -> Vec<u8> {
+    fn summary(&self) -> Option<Vec<u8>> {
         let mut out = vec![0; 64];
         for (half, counts) in out.chunks_mut(32).zip(&self.suffixes) {
             counts.iter().filter(|(_, n)| **n > 0).for_each(|(len, _)| encode::set_bit(half, *len));
         }
-        out
+        out.push(u8::from(self.addresses > 0));
+        out.iter().any(|b| *b != 0).then_some(out)
     }
 
     fn rewrite(&mut self, id: PageId, changes: Changes, touched: &mut BTreeMap<PageId, Arc<[u8]>>) {
