@@ -1,6 +1,6 @@
 //! The filter under wasmtime: CPU of a whole request at several sizes of the registry, and how long an update holds a
 //! worker up. Each answer is checked before it is timed. What the harness itself costs (it makes each request's headers
-//! and copies the answer) is measured by requests that the filter answers without a lookup, and printed beside.
+//! and copies the answer) is included.
 
 use std::hint::black_box;
 use std::net::SocketAddr;
