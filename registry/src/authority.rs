@@ -3,7 +3,7 @@
 
 /// Host, still in the client's spelling, and the port where it is a number from 1 to 65535.
 pub fn split(authority: &[u8]) -> (&[u8], Option<u16>) {
-    let colon = match authority.iter().rposition(|b| *b == b':') {
+    let colon = match memchr::memrchr(b':', authority) {
         Some(at) if !authority.get(at..).is_some_and(|rest| rest.contains(&b']')) => at,
         _ => return (authority, None),
     };

@@ -1,9 +1,79 @@
 //! What a lookup answers: a verdict for the host to carry out, and the reason for it.
 
-use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::fmt;
 
+use crate::encode::ChoiceRef;
 use crate::row::OriginKind;
+
+/// A cluster's name, put together only when it is asked for: most names are made of a port and a host that the snapshot
+/// holds anyway.
+#[derive(Debug, Clone, Copy)]
+pub struct ClusterName<'s>(Form<'s>);
+
+#[derive(Debug, Clone, Copy)]
+enum Form<'s> {
+    Whole(&'s str),
+    Own { prefix: &'static str, port: u16, star: bool, host: &'s [u8] },
+}
+
+impl<'s> ClusterName<'s> {
+    pub(crate) fn whole(name: &'s str) -> Self {
+        ClusterName(Form::Whole(name))
+    }
+
+    /// `PREFIX|PORT||HOST`; with a star before the host where the host is what a wildcard ends with.
+    pub(crate) fn own(prefix: &'static str, port: u16, star: bool, host: &'s [u8]) -> Self {
+        ClusterName(Form::Own { prefix, port, star, host })
+    }
+
+    /// The name's bytes, written to `room` if they lie nowhere in one piece.
+    pub fn bytes<'r>(&self, room: &'r mut Vec<u8>) -> &'r [u8]
+    where
+        's: 'r,
+    {
+        match self.0 {
+            Form::Whole(name) => name.as_bytes(),
+            Form::Own { prefix, port, star, host } => {
+                // Without the machinery of `format!`, which costs as much as the lookup.
+                room.clear();
+                room.extend_from_slice(prefix.as_bytes());
+                room.push(b'|');
+                let mut started = false;
+                for unit in [10_000, 1_000, 100, 10, 1] {
+                    let digit = port / unit % 10;
+                    started |= digit != 0 || unit == 1;
+                    if started {
+                        room.push(b'0' + digit as u8);
+                    }
+                }
+                room.extend_from_slice(if star { b"||*" } else { b"||" });
+                room.extend_from_slice(host);
+                room
+            }
+        }
+    }
+}
+
+impl fmt::Display for ClusterName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(self.bytes(&mut Vec::new())))
+    }
+}
+
+impl PartialEq for ClusterName<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes(&mut Vec::new()) == other.bytes(&mut Vec::new())
+    }
+}
+
+impl Eq for ClusterName<'_> {}
+
+impl PartialEq<str> for ClusterName<'_> {
+    fn eq(&self, other: &str) -> bool {
+        self.bytes(&mut Vec::new()) == other.as_bytes()
+    }
+}
 
 /// What the host is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,7 +81,7 @@ pub enum Verdict<'s> {
     /// Send it to this cluster.
     Route {
         /// Cluster name.
-        cluster: Cow<'s, str>,
+        cluster: ClusterName<'s>,
     },
     /// Answer an HTTP request with this status. On a connection without HTTP: close it.
     Deny {
@@ -108,24 +178,65 @@ impl fmt::Display for OriginRef<'_> {
     }
 }
 
-/// Why: the rule, the entry that won, and those that claimed the same and lost. Reasons order by rule first.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+/// Why: the rule, the entry that won, and those that claimed the same and lost. Reasons order by rule first. The entries
+/// are read from the snapshot when they are asked for.
+#[derive(Clone, Copy)]
 pub struct Reason<'s> {
     /// The rule that decided.
     pub rule: Rule,
+    choice: Option<ChoiceRef<'s>>,
+}
+
+impl<'s> Reason<'s> {
+    pub(crate) fn new(rule: Rule, choice: Option<ChoiceRef<'s>>) -> Self {
+        Reason { rule, choice }
+    }
+
     /// The entry that won, if any did.
-    pub winner: Option<OriginRef<'s>>,
-    /// Entries that lost to it.
-    pub losers: Vec<OriginRef<'s>>,
+    pub fn winner(&self) -> Option<OriginRef<'s>> {
+        self.choice.and_then(|choice| choice.winner())
+    }
+
+    /// Entries that lost to it, in the order of precedence.
+    pub fn losers(&self) -> impl Iterator<Item = OriginRef<'s>> {
+        self.choice.into_iter().flat_map(|choice| choice.losers())
+    }
+}
+
+impl PartialEq for Reason<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Reason<'_> {}
+
+impl PartialOrd for Reason<'_> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Reason<'_> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let rest = || self.winner().cmp(&other.winner()).then_with(|| self.losers().cmp(other.losers()));
+        self.rule.cmp(&other.rule).then_with(rest)
+    }
+}
+
+impl fmt::Debug for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl fmt::Display for Reason<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.rule.as_str())?;
-        if let Some(winner) = &self.winner {
+        if let Some(winner) = self.winner() {
             write!(f, ": {winner}")?;
         }
-        for (i, loser) in self.losers.iter().enumerate() {
+        for (i, loser) in self.losers().enumerate() {
             write!(f, "{}{loser}", if i == 0 { " over " } else { ", " })?;
         }
         Ok(())

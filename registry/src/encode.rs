@@ -246,7 +246,7 @@ fn bit(bits: &[u8], at: u8) -> bool {
 // === reading ===
 
 /// A place in bytes, moved on by what is read.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'s>(pub(crate) &'s [u8]);
 
 impl<'s> Cursor<'s> {
@@ -289,7 +289,7 @@ impl<'s> Cursor<'s> {
 }
 
 /// A [`Choice`] as it lies in a snapshot.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct ChoiceRef<'s> {
     pub(crate) cluster: ClusterRef<'s>,
     origins: Cursor<'s>,
@@ -297,7 +297,7 @@ pub(crate) struct ChoiceRef<'s> {
     losers: u8,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum ClusterRef<'s> {
     Outbound,
     Forward,
@@ -305,20 +305,19 @@ pub(crate) enum ClusterRef<'s> {
 }
 
 impl<'s> ChoiceRef<'s> {
-    pub(crate) fn winner(&self) -> Option<OriginRef<'s>> {
+    pub(crate) fn winner(self) -> Option<OriginRef<'s>> {
         let mut ids = self.ids;
         self.origin(ids.varint()?)
     }
 
-    pub(crate) fn losers(&self) -> Vec<OriginRef<'s>> {
+    pub(crate) fn losers(self) -> impl Iterator<Item = OriginRef<'s>> {
         let mut ids = self.ids;
-        if self.losers == 0 || ids.varint().is_none() {
-            return Vec::new();
-        }
-        (0..self.losers).filter_map(|_| self.origin(ids.varint()?)).collect()
+        // The first is the winner.
+        let losers = if ids.varint().is_some() { self.losers } else { 0 };
+        (0..losers).filter_map(move |_| self.origin(ids.varint()?))
     }
 
-    fn origin(&self, at: usize) -> Option<OriginRef<'s>> {
+    fn origin(self, at: usize) -> Option<OriginRef<'s>> {
         let mut c = self.origins;
         for i in 0..=at {
             let kind = match c.u8()? {
@@ -421,14 +420,14 @@ impl<'s> Value<'s> {
     }
 
     /// A Prefix row's choice for a server name, if one matches: exact first, then the longest wildcard.
-    pub(crate) fn prefix_sni(&self, name: &str) -> Option<ChoiceRef<'s>> {
+    pub(crate) fn prefix_sni(&self, name: &[u8]) -> Option<ChoiceRef<'s>> {
         let mut c = self.rest;
         self.optional(&mut c)?;
         let mut best: Option<(usize, ChoiceRef<'s>)> = None;
         for _ in 0..c.varint()? {
-            let pattern = c.text()?;
+            let pattern = c.bytes()?;
             let choice = self.choice(&mut c)?;
-            let rank = match pattern.strip_prefix('*') {
+            let rank = match pattern.strip_prefix(b"*") {
                 None if pattern == name => usize::MAX,
                 Some(suffix) if name.len() > suffix.len() && name.ends_with(suffix) => suffix.len() + 1,
                 _ => continue,
@@ -482,6 +481,8 @@ pub(crate) struct Summary {
     /// Lengths of wildcards: those that begin inside a label, then those that begin with a dot.
     plain: [u8; 32],
     dotted: [u8; 32],
+    /// Both.
+    lengths: [u64; 4],
     /// Some listener is for one address.
     pub(crate) addresses: bool,
     pub(crate) globals: Globals,
@@ -491,17 +492,46 @@ impl Summary {
     /// Reads the two rows; what is not there is nothing.
     pub(crate) fn open(summary: Option<&[u8]>, row: Option<&[u8]>) -> Self {
         let mut c = Cursor(summary.unwrap_or_default());
+        let (plain, dotted) = (c.array().unwrap_or([0; 32]), c.array().unwrap_or([0; 32]));
+        let mut lengths = [0; 4];
+        for half in [&plain, &dotted] {
+            for (word, bytes) in lengths.iter_mut().zip(half.as_chunks().0) {
+                *word |= u64::from_le_bytes(*bytes);
+            }
+        }
         Summary {
-            plain: c.array().unwrap_or([0; 32]),
-            dotted: c.array().unwrap_or([0; 32]),
+            plain,
+            dotted,
+            lengths,
             addresses: c.u8() == Some(1),
             globals: row.and_then(globals).unwrap_or_default(),
         }
     }
 
-    /// Is there a wildcard that stands before a suffix of this kind and length?
-    pub(crate) fn has_suffix(&self, suffix: &str) -> bool {
-        let half = if suffix.starts_with('.') { &self.dotted } else { &self.plain };
-        u8::try_from(suffix.len()).is_ok_and(|len| bit(half, len))
+    /// What a star may stand before to take this name, longest first: the suffixes of the lengths that there are.
+    pub(crate) fn suffixes<'n>(&self, name: &'n [u8]) -> impl Iterator<Item = &'n [u8]> {
+        // The star stands for at least one character.
+        lengths(self.lengths, name.len().saturating_sub(1)).filter_map(move |len| {
+            let suffix = name.get(name.len() - len..)?;
+            let half = if suffix.first() == Some(&b'.') { &self.dotted } else { &self.plain };
+            bit(half, len as u8).then_some(suffix)
+        })
     }
+}
+
+/// The bits that are set, from `top` down.
+fn lengths(mut words: [u64; 4], top: usize) -> impl Iterator<Item = usize> {
+    for (i, word) in words.iter_mut().enumerate() {
+        *word &= match (top + 1).saturating_sub(i * 64) {
+            0 => 0,
+            keep @ 1..64 => (1 << keep) - 1,
+            _ => u64::MAX,
+        };
+    }
+    std::iter::from_fn(move || {
+        let (i, word) = words.iter_mut().enumerate().rev().find(|(_, word)| **word != 0)?;
+        let at = word.ilog2();
+        *word ^= 1 << at;
+        Some(i * 64 + at as usize)
+    })
 }

@@ -27,11 +27,17 @@ fn fold(seed: u64, bytes: &[u8]) -> u64 {
     for word in words {
         h = (h.rotate_left(23) ^ u64::from_le_bytes(*word)).wrapping_mul(K);
     }
-    let mut last = [0u8; 8];
-    for (to, from) in last.iter_mut().zip(rest) {
-        *to = *from;
+    (h.rotate_left(23) ^ tail(bytes, rest)).wrapping_mul(K)
+}
+
+/// What is left after whole words. Where there is a whole word to overlap with it is read in one piece: a loop over
+/// bytes costs more than everything else here.
+fn tail(bytes: &[u8], rest: &[u8]) -> u64 {
+    match bytes.last_chunk::<8>() {
+        Some(_) if rest.is_empty() => 0,
+        Some(last) => u64::from_le_bytes(*last) >> (8 * (8 - rest.len())),
+        None => rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
     }
-    (h.rotate_left(23) ^ u64::from_le_bytes(last)).wrapping_mul(K)
 }
 
 /// What one page adds to the digest of a snapshot; the digest is the sum, so it follows changes at their own cost.

@@ -1,13 +1,12 @@
 //! The lookup: Envoy's rules of selection (SEMANTICS 0.2, 1.4 and 3) over a snapshot. Each level commits to its best
 //! match; there is no way back from one that fails later.
 
-use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 use crate::authority;
-use crate::decision::{Decision, Reason, Rule, Verdict};
+use crate::decision::{ClusterName, Decision, Reason, Rule, Verdict};
 use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_PORT, TAG_PREFIX, TAG_SUFFIX};
 use crate::encode::{Use, Value};
 use crate::name::{self, NameError};
@@ -55,7 +54,7 @@ impl Snapshot {
         let port = query.destination.port();
         if let Some(value) = self.address(address, port) {
             return match value.address() {
-                Some([_, Some(tcp)]) => route(Rule::Address, port, "", &tcp),
+                Some([_, Some(tcp)]) => route(Rule::Address, port, NO_HOST, tcp),
                 _ => self.unknown_connection(),
             };
         }
@@ -65,25 +64,23 @@ impl Snapshot {
             // A trailing dot is no part of a server name, and Envoy knows none that has one.
             [] | [.., b'.'] => None,
             sni => match name::normalise(sni, &mut buffer) {
-                Ok(()) => Some(buffer.as_str()),
+                Ok(()) => Some(buffer.as_bytes()),
                 Err(_) => return deny(400, Rule::BadName),
             },
         };
         if let Some(prefix) = self.prefix(address, port, &listener) {
             if let Some(choice) = sni.and_then(|name| prefix.prefix_sni(name)) {
-                return route(Rule::PrefixSni, port, "", &choice);
+                return route(Rule::PrefixSni, port, NO_HOST, choice);
             }
             if let Some(choice) = prefix.prefix_tcp() {
-                return route(Rule::Prefix, port, "", &choice);
+                return route(Rule::Prefix, port, NO_HOST, choice);
             }
-        } else if let Some((suffix, choice)) = sni.and_then(|name| self.host(name, port, Use::Sni)) {
-            return match suffix {
-                None => route(Rule::SniExact, port, sni.unwrap_or_default(), &choice),
-                Some(suffix) => route_suffix(Rule::SniWildcard, port, suffix, &choice),
-            };
+        } else if let Some((pattern, choice)) = sni.and_then(|name| self.host(name, port, Use::Sni)) {
+            let rule = if pattern.star { Rule::SniWildcard } else { Rule::SniExact };
+            return route(rule, port, pattern, choice);
         }
-        match &listener.tcp {
-            Some(tcp) => route(Rule::Port, port, "", tcp),
+        match listener.tcp {
+            Some(tcp) => route(Rule::Port, port, NO_HOST, tcp),
             None => self.unknown_connection(),
         }
     }
@@ -97,21 +94,23 @@ impl Snapshot {
             Listener::Captured(destination) => {
                 let (address, port) = (destination.ip().to_canonical(), destination.port());
                 match self.address(address, port).and_then(|v| v.address()) {
-                    Some([Some(http), _]) => return route(Rule::Address, port, "", &http),
-                    Some([None, Some(tcp)]) => return route(Rule::Address, port, "", &tcp),
+                    Some([Some(http), _]) => return route(Rule::Address, port, NO_HOST, http),
+                    Some([None, Some(tcp)]) => return route(Rule::Address, port, NO_HOST, tcp),
                     _ => (port, Use::Http),
                 }
             }
         };
         let name = match name::normalise(host, &mut buffer) {
-            Ok(()) => buffer.as_str(),
+            Ok(()) => buffer.as_bytes(),
             // No name is one that nobody declared.
             Err(NameError::Empty) => return self.unknown_request(query.listener),
             Err(_) => return deny(400, Rule::BadName),
         };
         match self.host(name, port, wanted) {
-            Some((None, choice)) => route(Rule::HostExact, port, name, &choice),
-            Some((Some(suffix), choice)) => route_suffix(Rule::HostWildcard, port, suffix, &choice),
+            Some((pattern, choice)) => {
+                let rule = if pattern.star { Rule::HostWildcard } else { Rule::HostExact };
+                route(rule, port, pattern, choice)
+            }
             None => self.unknown_request(query.listener),
         }
     }
@@ -142,83 +141,65 @@ impl Snapshot {
         if !self.summary().addresses {
             return None;
         }
-        self.find(TAG_ADDRESS, &encode::address_key(address, port)).and_then(Value::open)
+        self.value(TAG_ADDRESS, &encode::address_key(address, port))
     }
 
     fn port(&self, port: u16) -> Option<PortRef<'_>> {
-        Value::open(self.find(TAG_PORT, &port.to_be_bytes())?)?.port()
+        self.value(TAG_PORT, &port.to_be_bytes())?.port()
     }
 
     /// The longest prefix of the port that holds the address.
     fn prefix(&self, address: IpAddr, port: u16, listener: &PortRef<'_>) -> Option<Value<'_>> {
         listener.prefix_lengths(address.is_ipv6()).find_map(|len| {
             let masked = IpNet::new(address, len).ok()?.network();
-            self.find(TAG_PREFIX, &encode::prefix_key(masked, len, port)).and_then(Value::open)
+            self.value(TAG_PREFIX, &encode::prefix_key(masked, len, port))
         })
     }
 
-    /// The most specific pattern that means something on this port: what its star stands before, if it has one.
-    fn host<'n>(&self, name: &'n str, port: u16, wanted: Use) -> Option<(Option<&'n str>, ChoiceRef<'_>)> {
-        let exact = self.find(TAG_EXACT, name.as_bytes()).and_then(Value::open);
-        if let Some(choice) = exact.and_then(|v| v.host_port(port, wanted)) {
-            return Some((None, choice));
-        }
-        // The star stands for at least one character.
-        for start in 1..=name.len() {
-            let Some(suffix) = name.get(start..) else { continue };
-            if !self.summary().has_suffix(suffix) {
-                continue;
-            }
-            let row = self.find(TAG_SUFFIX, suffix.as_bytes()).and_then(Value::open);
-            if let Some(choice) = row.and_then(|v| v.host_port(port, wanted)) {
-                return Some((Some(suffix), choice));
-            }
-        }
-        None
+    fn value(&self, tag: u8, key: &[u8]) -> Option<Value<'_>> {
+        self.find(tag, key).and_then(|(_, value)| Value::open(value))
+    }
+
+    /// The most specific pattern that means something on this port.
+    fn host(&self, name: &[u8], port: u16, wanted: Use) -> Option<(Pattern<'_>, ChoiceRef<'_>)> {
+        let under = |tag: u8, key: &[u8]| {
+            let (host, value) = self.find(tag, key)?;
+            let choice = Value::open(value)?.host_port(port, wanted)?;
+            Some((Pattern { star: tag == TAG_SUFFIX, host }, choice))
+        };
+        under(TAG_EXACT, name)
+            .or_else(|| self.summary().suffixes(name).find_map(|suffix| under(TAG_SUFFIX, suffix)))
     }
 }
 
-fn route<'s>(rule: Rule, port: u16, host: &str, choice: &ChoiceRef<'s>) -> Decision<'s> {
-    route_to(rule, port, ["", host], choice)
+/// The pattern that a name was found under, as the snapshot holds it.
+#[derive(Clone, Copy)]
+struct Pattern<'s> {
+    star: bool,
+    host: &'s [u8],
 }
 
-fn route_suffix<'s>(rule: Rule, port: u16, suffix: &str, choice: &ChoiceRef<'s>) -> Decision<'s> {
-    route_to(rule, port, ["*", suffix], choice)
-}
+/// Of rows that are not about a host.
+const NO_HOST: Pattern<'static> = Pattern { star: false, host: b"" };
 
-fn route_to<'s>(rule: Rule, port: u16, host: [&str; 2], choice: &ChoiceRef<'s>) -> Decision<'s> {
-    let reason = Reason { rule, winner: choice.winner(), losers: choice.losers() };
+fn route<'s>(rule: Rule, port: u16, pattern: Pattern<'s>, choice: ChoiceRef<'s>) -> Decision<'s> {
+    let own = |prefix| ClusterName::own(prefix, port, pattern.star, pattern.host);
     let cluster = match choice.cluster {
-        ClusterRef::Named("") => return Decision { verdict: Verdict::Deny { status: 404 }, reason },
-        ClusterRef::Named(name) => Cow::Borrowed(name),
-        ClusterRef::Outbound => Cow::Owned(own_cluster("outbound|", port, host)),
-        ClusterRef::Forward => Cow::Owned(own_cluster("forward|", port, host)),
-    };
-    Decision { verdict: Verdict::Route { cluster }, reason }
-}
-
-/// `outbound|PORT||HOST`, without the machinery of `format!`, which costs as much as the lookup.
-fn own_cluster(prefix: &str, port: u16, host: [&str; 2]) -> String {
-    let mut out = String::with_capacity(prefix.len() + 7 + host.iter().map(|h| h.len()).sum::<usize>());
-    out.push_str(prefix);
-    let mut started = false;
-    for unit in [10_000, 1_000, 100, 10, 1] {
-        let digit = port / unit % 10;
-        started |= digit != 0 || unit == 1;
-        if started {
-            out.push(char::from(b'0' + digit as u8));
+        ClusterRef::Named("") => {
+            return Decision { verdict: Verdict::Deny { status: 404 }, reason: Reason::new(rule, Some(choice)) };
         }
-    }
-    out.push_str("||");
-    host.iter().for_each(|part| out.push_str(part));
-    out
+        ClusterRef::Named(name) => ClusterName::whole(name),
+        ClusterRef::Outbound => own("outbound"),
+        ClusterRef::Forward => own("forward"),
+    };
+    Decision { verdict: Verdict::Route { cluster }, reason: Reason::new(rule, Some(choice)) }
 }
 
 fn pass<'s>(cluster: &'static str) -> Decision<'s> {
-    let reason = Reason { rule: Rule::PassThrough, winner: None, losers: Vec::new() };
-    Decision { verdict: Verdict::Route { cluster: Cow::Borrowed(cluster) }, reason }
+    let verdict = Verdict::Route { cluster: ClusterName::whole(cluster) };
+    Decision { verdict, reason: Reason::new(Rule::PassThrough, None) }
 }
 
 fn deny<'s>(status: u16, rule: Rule) -> Decision<'s> {
-    Decision { verdict: Verdict::Deny { status }, reason: Reason { rule, winner: None, losers: Vec::new() } }
+    Decision { verdict: Verdict::Deny { status }, reason: Reason::new(rule, None) }
 }

@@ -67,7 +67,12 @@ impl Default for Buffer {
 impl Buffer {
     /// The name; empty before [`normalise`] and after it failed.
     pub fn as_str(&self) -> &str {
-        self.bytes.get(..self.len).and_then(|b| std::str::from_utf8(b).ok()).unwrap_or_default()
+        std::str::from_utf8(self.as_bytes()).unwrap_or_default()
+    }
+
+    /// The bytes of [`Buffer::as_str`].
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
     }
 }
 
@@ -85,15 +90,19 @@ pub fn normalise(name: &[u8], out: &mut Buffer) -> Result<(), NameError> {
         return Err(NameError::Empty);
     }
     let room = out.bytes.get_mut(..name.len()).ok_or(NameError::TooLong { got: name.len() })?;
-    for (at, (to, from)) in room.iter_mut().zip(name).enumerate() {
+    // One pass without a way out of it; where something is wrong is looked for afterwards.
+    let (mut bad, mut ascii) = (false, true);
+    for (to, from) in room.iter_mut().zip(name) {
         *to = LOWER.get(usize::from(*from)).copied().unwrap_or_default();
-        if *to == 0 {
-            return Err(NameError::BadByte { byte: *from, at });
-        }
+        bad |= *to == 0;
+        ascii &= from.is_ascii();
     }
-    if let Err(error) = std::str::from_utf8(room) {
-        let at = error.valid_up_to();
-        return Err(NameError::BadByte { byte: name.get(at).copied().unwrap_or_default(), at });
+    let bad_byte = |at: usize| NameError::BadByte { byte: name.get(at).copied().unwrap_or_default(), at };
+    if bad {
+        return Err(bad_byte(room.iter().position(|b| *b == 0).unwrap_or_default()));
+    }
+    if !ascii && let Err(error) = std::str::from_utf8(room) {
+        return Err(bad_byte(error.valid_up_to()));
     }
     out.len = name.len();
     Ok(())

@@ -5,7 +5,8 @@
 //! 4  format, u16
 //! 6  number of rows, u16
 //! 8  checksum of everything else, u64
-//! 16 slots: for each row u16 of its hash, then u16 offset, ascending
+//! 16 one byte of each row's hash, ascending; zeros up to a multiple of 16
+//!    offset of each row, u16
 //!    rows: tag, key length and key, value length and value
 //! ```
 //!
@@ -29,7 +30,8 @@ pub const MAX_DEPTH: u32 = 23;
 
 const MAGIC: [u8; 4] = *b"PTLN";
 const HEADER: usize = 16;
-const SLOT: usize = 4;
+/// Fingerprints are compared so many at once.
+const GROUP: usize = 16;
 
 /// What is wrong with a page, or with a set of pages.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -115,11 +117,16 @@ impl Packed {
 
 /// Size of the page that would hold these rows.
 pub(crate) fn size(rows: &[Packed]) -> usize {
-    HEADER + rows.iter().map(|r| SLOT + r.bytes.len()).sum::<usize>()
+    index(rows.len()) + rows.iter().map(|r| r.bytes.len()).sum::<usize>()
 }
 
-fn fingerprint(hash: u64) -> u16 {
-    hash as u16
+/// Where the rows begin.
+fn index(rows: usize) -> usize {
+    HEADER + rows.next_multiple_of(GROUP) + 2 * rows
+}
+
+fn fingerprint(hash: u64) -> u8 {
+    hash as u8
 }
 
 /// Writes a page. The rows are sorted by (hash, bytes) and fit [`PAGE_MAX`].
@@ -130,10 +137,11 @@ pub(crate) fn write(rows: &[Packed]) -> Vec<u8> {
     out.extend_from_slice(&(rows.len() as u16).to_le_bytes());
     out.extend_from_slice(&[0; 8]);
     let mut sorted: Vec<&Packed> = rows.iter().collect();
-    sorted.sort_by_key(|r| (fingerprint(r.hash), r.hash));
-    let mut at = HEADER + SLOT * rows.len();
+    sorted.sort_by_key(|r| fingerprint(r.hash));
+    out.extend(sorted.iter().map(|row| fingerprint(row.hash)));
+    out.resize(HEADER + rows.len().next_multiple_of(GROUP), 0);
+    let mut at = index(rows.len());
     for row in &sorted {
-        out.extend_from_slice(&fingerprint(row.hash).to_le_bytes());
         out.extend_from_slice(&(at as u16).to_le_bytes());
         at += row.bytes.len();
     }
@@ -175,7 +183,7 @@ pub(crate) fn check(id: u32, page: &[u8]) -> Result<u64, FormatError> {
     if format != FORMAT {
         return Err(FormatError::Version { id, got: format });
     }
-    if c.take(SLOT * usize::from(rows)).is_none() || page.len() > PAGE_MAX {
+    if page.len() < index(usize::from(rows)) || page.len() > PAGE_MAX {
         return Err(short);
     }
     let (got, expected) = (digest(page), u64::from_le_bytes(sum));
@@ -185,15 +193,17 @@ pub(crate) fn check(id: u32, page: &[u8]) -> Result<u64, FormatError> {
     Ok(got)
 }
 
-/// The slots of a page.
-fn slots(page: &[u8]) -> &[[u8; SLOT]] {
-    let rows = page.get(6..8).and_then(|b| b.first_chunk::<2>()).map_or(0, |b| u16::from_le_bytes(*b));
-    page.get(HEADER..HEADER + SLOT * usize::from(rows)).map_or(&[], |s| s.as_chunks::<SLOT>().0)
+/// Fingerprints and offsets of a page.
+fn slots(page: &[u8]) -> Option<(&[[u8; GROUP]], &[[u8; 2]])> {
+    let (head, rest) = page.split_first_chunk::<HEADER>()?;
+    let [_, _, _, _, _, _, low, high, ..] = *head;
+    let rows = usize::from(u16::from_le_bytes([low, high]));
+    let (prints, rest) = rest.split_at_checked(rows.next_multiple_of(GROUP))?;
+    Some((prints.as_chunks().0, rest.get(..2 * rows)?.as_chunks().0))
 }
 
-fn row_at(page: &[u8], slot: [u8; SLOT]) -> Option<(u8, &[u8], &[u8])> {
-    let [_, _, low, high] = slot;
-    parts(page.get(usize::from(u16::from_le_bytes([low, high]))..)?)
+fn row_at(page: &[u8], offset: [u8; 2]) -> Option<(u8, &[u8], &[u8])> {
+    parts(page.get(usize::from(u16::from_le_bytes(offset))..)?)
 }
 
 /// Tag, key and value of the row that begins here.
@@ -202,19 +212,45 @@ pub(crate) fn parts(row: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((c.u8()?, c.bytes()?, c.bytes()?))
 }
 
-/// The value under a key.
-pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option<&'p [u8]> {
-    let wanted = fingerprint(hash).to_le_bytes();
-    slots(page).iter().filter(|[a, b, ..]| [*a, *b] == wanted).find_map(|slot| {
-        let (t, k, value) = row_at(page, *slot)?;
-        (t == tag && k == key).then_some(value)
-    })
+/// A bit for each of a group's fingerprints that is the wanted one. No branch depends on the page: nearly every page has
+/// one group, and a branch on a page that is not in the cache yet stops everything behind it.
+fn same(prints: [u8; GROUP], wanted: u8) -> u32 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let wanted = u64::from_le_bytes([wanted; 8]);
+    let mut bits = 0;
+    for word in prints.as_chunks::<8>().0.iter().rev() {
+        let differing = u64::from_le_bytes(*word) ^ wanted;
+        // The top bit of each byte that is zero; then those bits side by side.
+        let zero = !((differing & LOW).wrapping_add(LOW) | differing | LOW);
+        bits = bits << 8 | (zero >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+    }
+    bits as u32
+}
+
+/// The key as the page holds it, and its value.
+pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])> {
+    let (prints, offsets) = slots(page)?;
+    for (group, prints) in prints.iter().enumerate() {
+        let mut same = same(*prints, fingerprint(hash));
+        while same != 0 {
+            let at = group * GROUP + same.trailing_zeros() as usize;
+            if let Some((t, k, value)) = offsets.get(at).and_then(|offset| row_at(page, *offset))
+                && t == tag
+                && k == key
+            {
+                return Some((k, value));
+            }
+            same &= same - 1;
+        }
+    }
+    None
 }
 
 /// The rows of a page, to write it again.
 pub(crate) fn rows(page: &[u8]) -> Vec<Packed> {
+    let offsets = slots(page).map_or(&[][..], |(_, offsets)| offsets);
     let mut rows: Vec<Packed> =
-        slots(page).iter().filter_map(|slot| row_at(page, *slot)).map(|(t, k, v)| Packed::new(t, k, v)).collect();
+        offsets.iter().filter_map(|at| row_at(page, *at)).map(|(t, k, v)| Packed::new(t, k, v)).collect();
     rows.sort();
     rows
 }

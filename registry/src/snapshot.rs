@@ -192,7 +192,8 @@ impl Snapshot {
         };
         self.abandon();
         if result.is_ok() {
-            self.summary = Summary::open(self.find(TAG_SUMMARY, &[]), self.find(TAG_GLOBALS, &[]));
+            let value = |tag| self.find(tag, &[]).map(|(_, value)| value);
+            self.summary = Summary::open(value(TAG_SUMMARY), value(TAG_GLOBALS));
         }
         result
     }
@@ -253,7 +254,8 @@ impl Snapshot {
         &self.summary
     }
 
-    pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<&[u8]> {
+    /// The key as the snapshot holds it, and its value.
+    pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<(&[u8], &[u8])> {
         let hash = hash::key(tag, key);
         page::find(self.live.page(hash)?, hash, tag, key)
     }

@@ -66,7 +66,7 @@ fn ask(snapshot: &Snapshot, name: &str, destination: SocketAddr, sni: bool) -> A
         snapshot.request(&Request { listener, authority: name.as_bytes(), connect: false })
     };
     let verdict = match decision.verdict {
-        Verdict::Route { cluster } => Ok(cluster.into_owned()),
+        Verdict::Route { cluster } => Ok(cluster.to_string()),
         Verdict::Deny { status } => Err(status),
     };
     Answer(verdict, decision.reason.rule)
@@ -343,7 +343,7 @@ fn the_proxy_port_takes_the_port_from_the_authority() {
         .request(&Request { listener: Listener::Proxy, authority: authority.as_bytes(), connect })
         .verdict
     {
-        Verdict::Route { cluster } => cluster.into_owned(),
+        Verdict::Route { cluster } => cluster.to_string(),
         Verdict::Deny { status } => status.to_string(),
     };
     assert_eq!(ask("a.example.com", false), "forward|80||a.example.com");
@@ -357,5 +357,5 @@ fn the_proxy_port_takes_the_port_from_the_authority() {
 fn an_open_mesh_dials_unknown_names_of_the_proxy_port() {
     let (_, snapshot) = build(&[Row::Globals(Globals { catch_all: CatchAll::PassThrough, gateway: false })]);
     let decision = snapshot.request(&Request { listener: Listener::Proxy, authority: b"z.com", connect: false });
-    assert_eq!(decision.verdict, Verdict::Route { cluster: DYNAMIC_CLUSTER.into() });
+    assert!(matches!(decision.verdict, Verdict::Route { cluster } if cluster == *DYNAMIC_CLUSTER));
 }
