@@ -72,7 +72,12 @@ fn measure(snapshot: &Snapshot, names: &[String], rule: Rule) -> f64 {
 
 fn main() {
     println!("{:>9} {:>8} {:>8} {:>8} {:>12}", "hosts", "hit ns", "wild ns", "miss ns", "bytes/host");
-    for n in [1, 100, 10_000, 1_000_000] {
+    // Sizes may be given; cargo adds `--bench`.
+    let mut sizes: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
+    if sizes.is_empty() {
+        sizes = vec![1, 100, 10_000, 1_000_000];
+    }
+    for n in sizes {
         let (snapshot, names) = build(n);
         // Spread over all of it, in an order that caches cannot foresee.
         let sample = |kind: usize| -> Vec<usize> {

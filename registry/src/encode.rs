@@ -24,6 +24,14 @@ const PROXY: u8 = 4;
 const SNI_AS_HTTP: u8 = 8;
 const PROXY_AS_BEFORE: u8 = 16;
 
+/// A choice begins with a byte: the form of its cluster's name, how many lost, and whether the row's first origin won.
+const FORM: u8 = 3;
+const OUTBOUND: u8 = 0;
+const FORWARD: u8 = 1;
+const NAMED: u8 = 2;
+const LOSERS_AT: u32 = 2;
+const FIRST_WON: u8 = 16;
+
 /// Why a row was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum EncodeError {
@@ -115,31 +123,38 @@ impl Out {
     }
 
     fn choice(&mut self, choice: &Choice, own: Option<(u16, &str)>) {
-        let form = own.map_or(2, |(port, host)| cluster_form(&choice.cluster, port, host));
+        let form = own.map_or(NAMED, |(port, host)| cluster_form(&choice.cluster, port, host));
         let losers = choice.losers.get(..MAX_LOSERS).unwrap_or(&choice.losers);
-        self.bytes.push(form | ((losers.len() as u8) << 2));
-        self.origin(&choice.winner);
-        losers.iter().for_each(|loser| self.origin(loser));
-        if form == 2 {
+        let first = self.origins.first().is_none_or(|origin| *origin == choice.winner);
+        self.bytes.push(form | (losers.len() as u8) << LOSERS_AT | if first { FIRST_WON } else { 0 });
+        let mut ids = Out { bytes: Vec::new(), origins: std::mem::take(&mut self.origins) };
+        ids.origin(&choice.winner);
+        if first {
+            ids.bytes.clear();
+        }
+        losers.iter().for_each(|loser| ids.origin(loser));
+        self.bytes.extend_from_slice(&ids.bytes);
+        self.origins = ids.origins;
+        if form == NAMED {
             self.text(&choice.cluster);
         }
     }
 
-    /// The origins stand before what names them.
+    /// The origins stand last: a decision that nobody asks the reason of never reads them.
     fn finish(self) -> Vec<u8> {
-        let mut head = Out::default();
-        head.varint(self.origins.len());
+        let mut out = Out::default();
+        out.varint(self.bytes.len());
+        out.bytes.extend_from_slice(&self.bytes);
         for origin in &self.origins {
-            head.bytes.push(match origin.kind {
+            out.bytes.push(match origin.kind {
                 OriginKind::ServiceEntry => 0,
                 OriginKind::Service => 1,
                 OriginKind::VirtualService => 2,
             });
-            head.text(&origin.namespace);
-            head.text(&origin.name);
+            out.text(&origin.namespace);
+            out.text(&origin.name);
         }
-        head.bytes.extend_from_slice(&self.bytes);
-        head.bytes
+        out.bytes
     }
 }
 
@@ -151,11 +166,11 @@ fn cluster_form(cluster: &str, port: u16, host: &str) -> u8 {
             .is_some_and(|(p, h)| h == host && p == port.to_string())
     };
     if own("outbound|") {
-        0
+        OUTBOUND
     } else if own("forward|") {
-        1
+        FORWARD
     } else {
-        2
+        NAMED
     }
 }
 
@@ -291,13 +306,11 @@ impl<'s> Cursor<'s> {
 /// A [`Choice`] as it lies in a snapshot.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ChoiceRef<'s> {
-    pub(crate) cluster: ClusterRef<'s>,
-    origins: Cursor<'s>,
-    ids: Cursor<'s>,
-    losers: u8,
+    /// From its first byte on.
+    at: &'s [u8],
+    origins: &'s [u8],
 }
 
-#[derive(Debug, Clone, Copy)]
 pub(crate) enum ClusterRef<'s> {
     Outbound,
     Forward,
@@ -305,69 +318,79 @@ pub(crate) enum ClusterRef<'s> {
 }
 
 impl<'s> ChoiceRef<'s> {
+    /// Which of the row's origins won, which lost, and what stands behind them.
+    fn ids(self) -> Option<(usize, impl Iterator<Item = usize>, Cursor<'s>)> {
+        let mut c = Cursor(self.at);
+        let head = c.u8()?;
+        let winner = if head & FIRST_WON != 0 { 0 } else { c.varint()? };
+        let mut ids = c;
+        let losers = head >> LOSERS_AT & 3;
+        for _ in 0..losers {
+            c.varint()?;
+        }
+        Some((winner, (0..losers).filter_map(move |_| ids.varint()), c))
+    }
+
+    pub(crate) fn cluster(self) -> Option<ClusterRef<'s>> {
+        match self.at.first()? & FORM {
+            OUTBOUND => Some(ClusterRef::Outbound),
+            FORWARD => Some(ClusterRef::Forward),
+            _ => self.ids()?.2.text().map(ClusterRef::Named),
+        }
+    }
+
     pub(crate) fn winner(self) -> Option<OriginRef<'s>> {
-        let mut ids = self.ids;
-        self.origin(ids.varint()?)
+        self.origin(self.ids()?.0)
     }
 
     pub(crate) fn losers(self) -> impl Iterator<Item = OriginRef<'s>> {
-        let mut ids = self.ids;
-        // The first is the winner.
-        let losers = if ids.varint().is_some() { self.losers } else { 0 };
-        (0..losers).filter_map(move |_| self.origin(ids.varint()?))
+        self.ids().into_iter().flat_map(|(_, losers, _)| losers).filter_map(move |id| self.origin(id))
     }
 
     fn origin(self, at: usize) -> Option<OriginRef<'s>> {
-        let mut c = self.origins;
-        for i in 0..=at {
-            let kind = match c.u8()? {
-                0 => OriginKind::ServiceEntry,
-                1 => OriginKind::Service,
-                _ => OriginKind::VirtualService,
-            };
-            if i == at {
-                return Some(OriginRef { kind, namespace: c.text()?, name: c.text()? });
-            }
+        let mut c = Cursor(self.origins);
+        for _ in 0..at {
+            c.u8()?;
             c.bytes()?;
             c.bytes()?;
         }
-        None
+        let kind = match c.u8()? {
+            0 => OriginKind::ServiceEntry,
+            1 => OriginKind::Service,
+            _ => OriginKind::VirtualService,
+        };
+        Some(OriginRef { kind, namespace: c.text()?, name: c.text()? })
     }
 }
 
-/// A row's value after its table of origins.
+/// A row's value: what it says, and the origins that it names.
 #[derive(Clone, Copy)]
 pub(crate) struct Value<'s> {
-    origins: Cursor<'s>,
     rest: Cursor<'s>,
+    origins: &'s [u8],
 }
 
 impl<'s> Value<'s> {
     pub(crate) fn open(bytes: &'s [u8]) -> Option<Self> {
         let mut c = Cursor(bytes);
-        let n = c.varint()?;
-        let origins = c;
-        for _ in 0..n {
-            c.u8()?;
-            c.bytes()?;
-            c.bytes()?;
-        }
-        Some(Value { origins, rest: c })
+        let rest = Cursor(c.bytes()?);
+        Some(Value { rest, origins: c.0 })
     }
 
+    /// The choice that begins here, and moves on behind it.
     fn choice(&self, c: &mut Cursor<'s>) -> Option<ChoiceRef<'s>> {
-        let flags = c.u8()?;
-        let losers = flags >> 2;
-        let ids = *c;
-        for _ in 0..=losers {
-            c.varint()?;
+        let choice = ChoiceRef { at: c.0, origins: self.origins };
+        match choice.at.split_first()? {
+            // Nearly all of them: a cluster of the row's own, nobody lost.
+            (&head, rest) if head & !FORWARD == FIRST_WON => c.0 = rest,
+            (head, _) => {
+                *c = choice.ids()?.2;
+                if head & FORM == NAMED {
+                    c.bytes()?;
+                }
+            }
         }
-        let cluster = match flags & 3 {
-            0 => ClusterRef::Outbound,
-            1 => ClusterRef::Forward,
-            _ => ClusterRef::Named(c.text()?),
-        };
-        Some(ChoiceRef { cluster, origins: self.origins, ids, losers })
+        Some(choice)
     }
 
     fn optional(&self, c: &mut Cursor<'s>) -> Option<[Option<ChoiceRef<'s>>; 2]> {
@@ -383,21 +406,18 @@ impl<'s> Value<'s> {
         for _ in 0..c.varint()? {
             let number = u16::from_le_bytes(c.array()?);
             let flags = c.u8()?;
-            let http = if flags & HTTP != 0 { Some(self.choice(&mut c)?) } else { None };
-            let sni = match flags & (SNI | SNI_AS_HTTP) {
-                0 | SNI_AS_HTTP => None,
-                SNI => Some(self.choice(&mut c)?),
-                _ => http,
+            let stored = |c: &mut Cursor<'s>, bits: u8, of: u8| {
+                if flags & bits == of { self.choice(c).map(Some) } else { Some(None) }
             };
-            let proxy = match flags & (PROXY | PROXY_AS_BEFORE) {
-                0 | PROXY_AS_BEFORE => None,
-                PROXY => Some(self.choice(&mut c)?),
-                _ => sni.or(http),
-            };
+            let http = stored(&mut c, HTTP, HTTP)?;
+            let sni = stored(&mut c, SNI | SNI_AS_HTTP, SNI)?;
+            let proxy = stored(&mut c, PROXY | PROXY_AS_BEFORE, PROXY)?;
             if number == port {
+                let sni = if flags & SNI_AS_HTTP != 0 { http } else { sni };
                 return match wanted {
                     Use::Http => http,
                     Use::Sni => sni,
+                    Use::Proxy if flags & PROXY_AS_BEFORE != 0 => sni.or(http),
                     Use::Proxy => proxy,
                 };
             }
@@ -520,18 +540,15 @@ impl Summary {
 }
 
 /// The bits that are set, from `top` down.
-fn lengths(mut words: [u64; 4], top: usize) -> impl Iterator<Item = usize> {
-    for (i, word) in words.iter_mut().enumerate() {
-        *word &= match (top + 1).saturating_sub(i * 64) {
-            0 => 0,
-            keep @ 1..64 => (1 << keep) - 1,
-            _ => u64::MAX,
-        };
-    }
-    std::iter::from_fn(move || {
-        let (i, word) = words.iter_mut().enumerate().rev().find(|(_, word)| **word != 0)?;
-        let at = word.ilog2();
-        *word ^= 1 << at;
-        Some(i * 64 + at as usize)
+fn lengths(words: [u64; 4], top: usize) -> impl Iterator<Item = usize> {
+    let words = words.into_iter().enumerate().rev().skip_while(move |(i, _)| i * 64 > top);
+    words.flat_map(move |(i, word)| {
+        let above = 63 - (top - i * 64).min(63);
+        let mut left = word << above >> above;
+        std::iter::from_fn(move || {
+            let at = left.checked_ilog2()?;
+            left ^= 1 << at;
+            Some(i * 64 + at as usize)
+        })
     })
 }

@@ -59,12 +59,12 @@ impl Snapshot {
             };
         }
         let Some(listener) = self.port(port) else { return self.unknown_connection() };
-        let mut buffer = name::Buffer::default();
+        let mut buffer = None;
         let sni = match query.sni.unwrap_or_default() {
             // A trailing dot is no part of a server name, and Envoy knows none that has one.
             [] | [.., b'.'] => None,
-            sni => match name::normalise(sni, &mut buffer) {
-                Ok(()) => Some(buffer.as_bytes()),
+            sni => match name::normal(sni, &mut buffer) {
+                Ok(name) => Some(name),
                 Err(_) => return deny(400, Rule::BadName),
             },
         };
@@ -88,7 +88,7 @@ impl Snapshot {
     /// Decides an HTTP request.
     pub fn request(&self, query: &Request<'_>) -> Decision<'_> {
         let (host, asked_port) = authority::split(query.authority);
-        let mut buffer = name::Buffer::default();
+        let mut buffer = None;
         let (port, wanted) = match query.listener {
             Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), Use::Proxy),
             Listener::Captured(destination) => {
@@ -100,8 +100,8 @@ impl Snapshot {
                 }
             }
         };
-        let name = match name::normalise(host, &mut buffer) {
-            Ok(()) => buffer.as_bytes(),
+        let name = match name::normal(host, &mut buffer) {
+            Ok(name) => name,
             // No name is one that nobody declared.
             Err(NameError::Empty) => return self.unknown_request(query.listener),
             Err(_) => return deny(400, Rule::BadName),
@@ -184,15 +184,13 @@ const NO_HOST: Pattern<'static> = Pattern { star: false, host: b"" };
 
 fn route<'s>(rule: Rule, port: u16, pattern: Pattern<'s>, choice: ChoiceRef<'s>) -> Decision<'s> {
     let own = |prefix| ClusterName::own(prefix, port, pattern.star, pattern.host);
-    let cluster = match choice.cluster {
-        ClusterRef::Named("") => {
-            return Decision { verdict: Verdict::Deny { status: 404 }, reason: Reason::new(rule, Some(choice)) };
-        }
-        ClusterRef::Named(name) => ClusterName::whole(name),
-        ClusterRef::Outbound => own("outbound"),
-        ClusterRef::Forward => own("forward"),
+    let verdict = match choice.cluster() {
+        Some(ClusterRef::Outbound) => Verdict::Route { cluster: own("outbound") },
+        Some(ClusterRef::Forward) => Verdict::Route { cluster: own("forward") },
+        Some(ClusterRef::Named(name)) if !name.is_empty() => Verdict::Route { cluster: ClusterName::whole(name) },
+        _ => Verdict::Deny { status: 404 },
     };
-    Decision { verdict: Verdict::Route { cluster }, reason: Reason::new(rule, Some(choice)) }
+    Decision { verdict, reason: Reason::new(rule, Some(choice)) }
 }
 
 fn pass<'s>(cluster: &'static str) -> Decision<'s> {

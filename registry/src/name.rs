@@ -108,6 +108,41 @@ pub fn normalise(name: &[u8], out: &mut Buffer) -> Result<(), NameError> {
     Ok(())
 }
 
+/// The normal form of a name: the name itself if it is in normal form, as nearly all are, else written to `room`.
+pub(crate) fn normal<'n>(name: &'n [u8], room: &'n mut Option<Buffer>) -> Result<&'n [u8], NameError> {
+    if is_normal(name) {
+        return Ok(name);
+    }
+    let buffer = room.insert(Buffer::default());
+    normalise(name, buffer)?;
+    Ok(buffer.as_bytes())
+}
+
+/// Is this surely in normal form? Eight bytes at a time; names that are short or hold rarer characters are not told.
+fn is_normal(name: &[u8]) -> bool {
+    let Some(last) = name.last_chunk::<8>() else { return false };
+    let mut strange = 0;
+    for word in name.as_chunks::<8>().0.iter().chain([last]) {
+        strange |= strange_bytes(u64::from_le_bytes(*word));
+    }
+    strange == 0 && name.len() <= MAX_NAME && !matches!(name, [.., b'.'])
+}
+
+/// The top bit of each byte outside `-` to `;` and `^` to `~`, or that is `/`: all others there are their own lower case and
+/// may be part of a name.
+fn strange_bytes(word: u64) -> u64 {
+    const TOP: u64 = 0x8080_8080_8080_8080;
+    const fn each(byte: u8) -> u64 {
+        u64::from_le_bytes([byte; 8])
+    }
+    let low = word & !TOP;
+    // Whether a byte is at least so much: no sum reaches into the next byte.
+    let at_least = |byte: u8| low.wrapping_add(each(0x80 - byte));
+    let slash = !((low ^ each(b'/')).wrapping_add(each(0x7f)));
+    let good = (at_least(b'-') & !at_least(b'<') & !slash) | (at_least(b'^') & !at_least(0x7f));
+    (word | !good) & TOP
+}
+
 /// A host name or IP address in normal form.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Host(String);
@@ -180,6 +215,22 @@ impl fmt::Display for HostPattern {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_passes_for_normal_is_its_own_normal_form() {
+        for byte in 0..=u8::MAX {
+            for at in [0, 3, 9] {
+                let mut name = *b"abcdefgh.x";
+                if let Some(place) = name.get_mut(at) {
+                    *place = byte;
+                }
+                let mut out = Buffer::default();
+                let normal = normalise(&name, &mut out).is_ok() && out.as_bytes() == name;
+                assert!(normal || !is_normal(&name), "{byte:#x} at {at}");
+                assert!(is_normal(&name) || !byte.is_ascii_lowercase(), "{byte:#x} at {at}");
+            }
+        }
+    }
 
     #[test]
     fn only_ipv6_addresses_lose_their_brackets() {

@@ -202,8 +202,8 @@ fn slots(page: &[u8]) -> Option<(&[[u8; GROUP]], &[[u8; 2]])> {
     Some((prints.as_chunks().0, rest.get(..2 * rows)?.as_chunks().0))
 }
 
-fn row_at(page: &[u8], offset: [u8; 2]) -> Option<(u8, &[u8], &[u8])> {
-    parts(page.get(usize::from(u16::from_le_bytes(offset))..)?)
+fn row_at(page: &[u8], offset: [u8; 2]) -> Option<&[u8]> {
+    page.get(usize::from(u16::from_le_bytes(offset))..)
 }
 
 /// Tag, key and value of the row that begins here.
@@ -227,6 +227,19 @@ fn same(prints: [u8; GROUP], wanted: u8) -> u32 {
     bits as u32
 }
 
+/// Key and value of the row that begins here, if it has this key.
+fn under<'p>(row: &'p [u8], tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])> {
+    let mut c = Cursor(row);
+    if c.u8()? != tag {
+        return None;
+    }
+    let held = c.bytes()?;
+    if held != key {
+        return None;
+    }
+    Some((held, c.bytes()?))
+}
+
 /// The key as the page holds it, and its value.
 pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])> {
     let (prints, offsets) = slots(page)?;
@@ -234,11 +247,9 @@ pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option
         let mut same = same(*prints, fingerprint(hash));
         while same != 0 {
             let at = group * GROUP + same.trailing_zeros() as usize;
-            if let Some((t, k, value)) = offsets.get(at).and_then(|offset| row_at(page, *offset))
-                && t == tag
-                && k == key
-            {
-                return Some((k, value));
+            let row = offsets.get(at).and_then(|offset| row_at(page, *offset));
+            if let Some(found) = row.and_then(|row| under(row, tag, key)) {
+                return Some(found);
             }
             same &= same - 1;
         }
@@ -250,7 +261,7 @@ pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option
 pub(crate) fn rows(page: &[u8]) -> Vec<Packed> {
     let offsets = slots(page).map_or(&[][..], |(_, offsets)| offsets);
     let mut rows: Vec<Packed> =
-        offsets.iter().filter_map(|at| row_at(page, *at)).map(|(t, k, v)| Packed::new(t, k, v)).collect();
+        offsets.iter().filter_map(|at| parts(row_at(page, *at)?)).map(|(t, k, v)| Packed::new(t, k, v)).collect();
     rows.sort();
     rows
 }
