@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use portolan_registry::object::{Namespace, ObjectName};
+
 /// Labels of an object or a selector, sorted.
 pub type Labels = BTreeMap<String, String>;
 
@@ -12,9 +14,9 @@ pub type Labels = BTreeMap<String, String>;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Meta {
     /// Namespace; `default` where a file names none.
-    pub namespace: String,
+    pub namespace: Namespace,
     /// Object name.
-    pub name: String,
+    pub name: ObjectName,
     /// Creation time in seconds since 1970; 0 where none is given, so that such objects are all of the same age.
     pub created: i64,
     /// `metadata.labels`
@@ -44,9 +46,9 @@ pub struct ObjectKey {
     /// Kind.
     pub kind: Kind,
     /// Namespace.
-    pub namespace: String,
+    pub namespace: Namespace,
     /// Name.
-    pub name: String,
+    pub name: ObjectName,
 }
 
 /// One checked object.

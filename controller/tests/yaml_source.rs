@@ -46,9 +46,9 @@ fn hosts(changes: &[Change]) -> BTreeMap<String, String> {
     changes
         .iter()
         .map(|change| match change {
-            Change::Apply(Object::ServiceEntry(entry)) => (entry.meta.name.clone(), entry.hosts.join(",")),
-            Change::Apply(other) => (other.meta().name.clone(), "other".into()),
-            Change::Delete(key) => (key.name.clone(), "deleted".into()),
+            Change::Apply(Object::ServiceEntry(entry)) => (entry.meta.name.to_string(), entry.hosts.join(",")),
+            Change::Apply(other) => (other.meta().name.to_string(), "other".into()),
+            Change::Delete(key) => (key.name.to_string(), "deleted".into()),
         })
         .collect()
 }

@@ -19,8 +19,8 @@ pub(crate) struct EnvoyGrpc {
 pub(crate) struct SetFilterState {
     #[prost(string, tag = "1")]
     pub(crate) path: String,
-    #[prost(string, tag = "2")]
-    pub(crate) value: String,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(crate) value: Vec<u8>,
     /// `LifeSpan`: 1 is `DownstreamRequest`.
     #[prost(int32, tag = "3")]
     pub(crate) span: i32,

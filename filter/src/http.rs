@@ -84,7 +84,7 @@ impl<H: Host> Vm<H> {
     fn route_request(&mut self) -> Result<(), Refusal> {
         let headers = self.host.request_headers()?;
         let head = read_head(&self.host, &headers)?;
-        let Vm { host, subscription, metrics, log_level, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, room, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.route_without_snapshot();
         };
@@ -93,7 +93,7 @@ impl<H: Host> Vm<H> {
         let rule = decision.reason.rule;
         match decision.verdict {
             Verdict::Route { cluster } => {
-                set_cluster(host, &cluster)?;
+                set_cluster(host, cluster.bytes(room))?;
                 metrics.decided(host, Kind::Http, Outcome::Route, Cause::Rule(rule));
                 vm::log(host, *log_level, Level::Debug, || {
                     format!("portolan: {} goes to {cluster} ({})", printable(head.authority), decision.reason)
@@ -119,7 +119,7 @@ impl<H: Host> Vm<H> {
                 Err(Refusal::new(503, Cause::NoSnapshot, "portolan: the registry has not been received yet"))
             }
             NoSnapshot::Open => {
-                set_cluster(&self.host, PASSTHROUGH_CLUSTER)?;
+                set_cluster(&self.host, PASSTHROUGH_CLUSTER.as_bytes())?;
                 self.decided(Kind::Http, Outcome::Route, Cause::NoSnapshot);
                 Ok(())
             }
@@ -159,8 +159,8 @@ fn listener(host: &impl Host) -> Result<Listener, Refusal> {
     Ok(if proxy { Listener::Proxy } else { Listener::Captured(destination) })
 }
 
-fn set_cluster(host: &impl Host, cluster: &str) -> Result<(), Status> {
-    host.replace_request_header(CLUSTER_HEADER, cluster.as_bytes())?;
+fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
+    host.replace_request_header(CLUSTER_HEADER, cluster)?;
     host.foreign("clear_route_cache", &[])
 }
 

@@ -39,7 +39,7 @@ impl<H: Host> Vm<H> {
     }
 
     fn route_connection(&mut self) -> Result<(), Refusal> {
-        let Vm { host, subscription, metrics, log_level, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, room, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.connect_without_snapshot();
         };
@@ -52,7 +52,7 @@ impl<H: Host> Vm<H> {
         let name = || printable(sni.as_deref().unwrap_or(b"-"));
         match decision.verdict {
             Verdict::Route { cluster } => {
-                set_cluster(host, &cluster)?;
+                set_cluster(host, cluster.bytes(room))?;
                 metrics.decided(host, Kind::Tcp, Outcome::Route, Cause::Rule(decision.reason.rule));
                 vm::log(host, *log_level, Level::Debug, || {
                     format!("portolan: {destination} ({}) goes to {cluster} ({})", name(), decision.reason)
@@ -73,7 +73,7 @@ impl<H: Host> Vm<H> {
                 Err(Refusal { cause: Cause::NoSnapshot, reason })
             }
             NoSnapshot::Open => {
-                set_cluster(&self.host, PASSTHROUGH_CLUSTER)?;
+                set_cluster(&self.host, PASSTHROUGH_CLUSTER.as_bytes())?;
                 self.decided(Kind::Tcp, Outcome::Route, Cause::NoSnapshot);
                 Ok(())
             }
@@ -81,7 +81,7 @@ impl<H: Host> Vm<H> {
     }
 }
 
-fn set_cluster(host: &impl Host, cluster: &str) -> Result<(), Status> {
+fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
     let arguments = SetFilterState { path: CLUSTER_STATE.to_owned(), value: cluster.to_owned(), span: 1 };
     host.foreign("set_envoy_filter_state", &arguments.encode_to_vec())
 }

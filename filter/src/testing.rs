@@ -13,8 +13,9 @@ pub(crate) const CONFIGURATION: &[u8] = br#"{"namespace":"n"}"#;
 pub(crate) const ROOT: u32 = 1;
 
 fn choice(cluster: &str) -> Choice {
-    let winner = Origin { namespace: "n".into(), name: "entry".into(), kind: OriginKind::ServiceEntry };
-    Choice { cluster: cluster.into(), winner, losers: Vec::new() }
+    let winner =
+        Origin { namespace: "n".parse().unwrap(), name: "entry".parse().unwrap(), kind: OriginKind::ServiceEntry };
+    Choice { cluster: cluster.parse().unwrap(), winner, losers: Vec::new() }
 }
 
 /// HTTP on a.com:80, TLS on a.com:443, TCP on 10.0.0.1:3306, the proxy port for a.com:80; all else as `catch_all`.

@@ -22,6 +22,8 @@ pub struct Vm<H> {
     pub(crate) metrics: Metrics,
     /// The least level that the host writes.
     pub(crate) log_level: u32,
+    /// Room to write a cluster's name in, kept for the next one.
+    pub(crate) room: Vec<u8>,
 }
 
 impl<H: Host> Vm<H> {
@@ -34,6 +36,7 @@ impl<H: Host> Vm<H> {
             stream: None,
             metrics: Metrics::default(),
             log_level: Level::Info as u32,
+            room: Vec::new(),
         }
     }
 

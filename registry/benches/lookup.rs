@@ -1,8 +1,10 @@
 //! Native lookups: hit, miss and wildcard at several sizes, and the bytes that a host costs. Each answer is checked before
 //! it is timed. CPU time, not wall time: the machines are shared.
 
+use std::fmt::Debug;
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::str::FromStr;
 
 use cpu_time::ProcessTime;
 use portolan_registry::decision::Rule;
@@ -13,11 +15,15 @@ use portolan_registry::write::Writer;
 
 const PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 18, 5, 5)), 80);
 
+fn text<T: FromStr<Err: Debug>>(text: &str) -> T {
+    text.parse().expect("a name")
+}
+
 fn row(pattern: &str, name: &str) -> Row {
     let port = |port: u16| {
         let choice = Choice {
-            cluster: format!("outbound|{port}||{pattern}"),
-            winner: Origin { namespace: "default".into(), name: name.into(), kind: OriginKind::ServiceEntry },
+            cluster: text(&format!("outbound|{port}||{pattern}")),
+            winner: Origin { namespace: text("default"), name: text(name), kind: OriginKind::ServiceEntry },
             losers: vec![],
         };
         let (http, sni) = if port == 80 { (Some(choice.clone()), None) } else { (None, Some(choice.clone())) };

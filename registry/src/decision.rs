@@ -9,7 +9,7 @@ use crate::row::OriginKind;
 /// A cluster's name, put together only when it is asked for: most names are made of a port and a host that the snapshot
 /// holds anyway.
 #[derive(Debug, Clone, Copy)]
-pub struct ClusterName<'s>(Form<'s>);
+pub struct Cluster<'s>(Form<'s>);
 
 #[derive(Debug, Clone, Copy)]
 enum Form<'s> {
@@ -17,14 +17,14 @@ enum Form<'s> {
     Own { prefix: &'static str, port: u16, star: bool, host: &'s [u8] },
 }
 
-impl<'s> ClusterName<'s> {
+impl<'s> Cluster<'s> {
     pub(crate) fn whole(name: &'s str) -> Self {
-        ClusterName(Form::Whole(name))
+        Cluster(Form::Whole(name))
     }
 
     /// `PREFIX|PORT||HOST`; with a star before the host where the host is what a wildcard ends with.
     pub(crate) fn own(prefix: &'static str, port: u16, star: bool, host: &'s [u8]) -> Self {
-        ClusterName(Form::Own { prefix, port, star, host })
+        Cluster(Form::Own { prefix, port, star, host })
     }
 
     /// The name's bytes, written to `room` if they lie nowhere in one piece.
@@ -55,21 +55,21 @@ impl<'s> ClusterName<'s> {
     }
 }
 
-impl fmt::Display for ClusterName<'_> {
+impl fmt::Display for Cluster<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&String::from_utf8_lossy(self.bytes(&mut Vec::new())))
     }
 }
 
-impl PartialEq for ClusterName<'_> {
+impl PartialEq for Cluster<'_> {
     fn eq(&self, other: &Self) -> bool {
         self.bytes(&mut Vec::new()) == other.bytes(&mut Vec::new())
     }
 }
 
-impl Eq for ClusterName<'_> {}
+impl Eq for Cluster<'_> {}
 
-impl PartialEq<str> for ClusterName<'_> {
+impl PartialEq<str> for Cluster<'_> {
     fn eq(&self, other: &str) -> bool {
         self.bytes(&mut Vec::new()) == other.as_bytes()
     }
@@ -81,7 +81,7 @@ pub enum Verdict<'s> {
     /// Send it to this cluster.
     Route {
         /// Cluster name.
-        cluster: ClusterName<'s>,
+        cluster: Cluster<'s>,
     },
     /// Answer an HTTP request with this status. On a connection without HTTP: close it.
     Deny {

@@ -14,6 +14,7 @@ mod encode;
 mod hash;
 pub mod lookup;
 pub mod name;
+pub mod object;
 pub mod page;
 pub mod row;
 pub mod snapshot;

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use crate::authority;
-use crate::decision::{ClusterName, Decision, Reason, Rule, Verdict};
+use crate::decision::{Cluster, Decision, Reason, Rule, Verdict};
 use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_PORT, TAG_PREFIX, TAG_SUFFIX};
 use crate::encode::{Use, Value};
 use crate::name::{self, NameError};
@@ -167,8 +167,7 @@ impl Snapshot {
             let choice = Value::open(value)?.host_port(port, wanted)?;
             Some((Pattern { star: tag == TAG_SUFFIX, host }, choice))
         };
-        under(TAG_EXACT, name)
-            .or_else(|| self.summary().suffixes(name).find_map(|suffix| under(TAG_SUFFIX, suffix)))
+        under(TAG_EXACT, name).or_else(|| self.summary().suffixes(name).find_map(|suffix| under(TAG_SUFFIX, suffix)))
     }
 }
 
@@ -183,18 +182,18 @@ struct Pattern<'s> {
 const NO_HOST: Pattern<'static> = Pattern { star: false, host: b"" };
 
 fn route<'s>(rule: Rule, port: u16, pattern: Pattern<'s>, choice: ChoiceRef<'s>) -> Decision<'s> {
-    let own = |prefix| ClusterName::own(prefix, port, pattern.star, pattern.host);
+    let own = |prefix| Cluster::own(prefix, port, pattern.star, pattern.host);
     let verdict = match choice.cluster() {
         Some(ClusterRef::Outbound) => Verdict::Route { cluster: own("outbound") },
         Some(ClusterRef::Forward) => Verdict::Route { cluster: own("forward") },
-        Some(ClusterRef::Named(name)) if !name.is_empty() => Verdict::Route { cluster: ClusterName::whole(name) },
+        Some(ClusterRef::Named(name)) if !name.is_empty() => Verdict::Route { cluster: Cluster::whole(name) },
         _ => Verdict::Deny { status: 404 },
     };
     Decision { verdict, reason: Reason::new(rule, Some(choice)) }
 }
 
 fn pass<'s>(cluster: &'static str) -> Decision<'s> {
-    let verdict = Verdict::Route { cluster: ClusterName::whole(cluster) };
+    let verdict = Verdict::Route { cluster: Cluster::whole(cluster) };
     Decision { verdict, reason: Reason::new(Rule::PassThrough, None) }
 }
 

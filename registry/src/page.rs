@@ -116,8 +116,9 @@ impl Packed {
 }
 
 /// Size of the page that would hold these rows.
-pub(crate) fn size(rows: &[Packed]) -> usize {
-    index(rows.len()) + rows.iter().map(|r| r.bytes.len()).sum::<usize>()
+pub(crate) fn size<'r>(rows: impl IntoIterator<Item = &'r Packed>) -> usize {
+    let (count, bytes) = rows.into_iter().fold((0, 0), |(count, bytes), row| (count + 1, bytes + row.bytes.len()));
+    index(count) + bytes
 }
 
 /// Where the rows begin.
@@ -193,8 +194,11 @@ pub(crate) fn check(id: u32, page: &[u8]) -> Result<u64, FormatError> {
     Ok(got)
 }
 
+/// Fingerprints, in groups, and offsets.
+type Slots<'p> = (&'p [[u8; GROUP]], &'p [[u8; 2]]);
+
 /// Fingerprints and offsets of a page.
-fn slots(page: &[u8]) -> Option<(&[[u8; GROUP]], &[[u8; 2]])> {
+fn slots(page: &[u8]) -> Option<Slots<'_>> {
     let (head, rest) = page.split_first_chunk::<HEADER>()?;
     let [_, _, _, _, _, _, low, high, ..] = *head;
     let rows = usize::from(u16::from_le_bytes([low, high]));

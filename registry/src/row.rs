@@ -8,14 +8,15 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::name::HostPattern;
+use crate::object::{ClusterName, Namespace, ObjectName};
 
 /// An object that a decision may name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Origin {
     /// Namespace.
-    pub namespace: String,
+    pub namespace: Namespace,
     /// Name.
-    pub name: String,
+    pub name: ObjectName,
     /// Kind.
     pub kind: OriginKind,
 }
@@ -36,7 +37,7 @@ pub enum OriginKind {
 pub struct Choice {
     /// Cluster name. `outbound|PORT||HOST` of the row's own port and host costs nothing to store. Empty: there is no
     /// route, which is 404 for HTTP.
-    pub cluster: String,
+    pub cluster: ClusterName,
     /// The object that won.
     pub winner: Origin,
     /// Objects that claimed the same key and lost, in the order of precedence. At most [`MAX_LOSERS`] are kept.

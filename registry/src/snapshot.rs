@@ -3,14 +3,22 @@
 //! An update is staged page by page and takes effect as a whole or not at all. Its cost follows the pages that changed,
 //! so a worker is never held up by the size of the registry.
 
+use std::collections::BTreeMap;
+
 use crate::blocks::Blocks;
 use crate::encode::{Summary, TAG_GLOBALS, TAG_SUMMARY};
 use crate::hash;
-use crate::page;
+use crate::page::{self, MAX_DEPTH};
 
 pub use crate::page::{FORMAT, FormatError};
 
+/// No page.
 const NONE: u32 = u32::MAX;
+/// Pages that are deeper than the table.
+const DEEP: u32 = u32::MAX - 1;
+/// The table is made deeper when there is more than one deep page for so many of its entries. Pages are of nearly one
+/// depth; a table as deep as the deepest of them would be many times as large.
+const SHARE: usize = 32;
 
 /// A page on its way in.
 #[derive(Debug)]
@@ -27,85 +35,145 @@ struct Pages {
     /// For each value of the first `depth` bits of a hash: where in `blocks`.
     table: Vec<u32>,
     depth: u32,
-    /// Entries of `table` that lead nowhere.
-    gaps: usize,
+    /// Pages deeper than the table, by the first place they cover: where in `blocks`.
+    deep: BTreeMap<u32, (u32, u32)>,
+    /// How much is covered, in places.
+    covered: u32,
     digest: u64,
     count: usize,
 }
 
+/// The first of the places that a page covers, and how many; there are 2 to the power of [`MAX_DEPTH`].
+fn places(id: u32) -> (u32, u32) {
+    let depth = id.ilog2();
+    let width = 1 << (MAX_DEPTH - depth);
+    ((id - (1 << depth)) * width, width)
+}
+
 impl Pages {
-    fn range(&self, id: u32) -> std::ops::Range<usize> {
-        let depth = id.ilog2();
-        let width = 1usize << (self.depth - depth);
-        let start = (id as usize - (1usize << depth)) * width;
-        start..start + width
+    /// The entries of the table that a page fills, if it is not deeper.
+    fn range(&self, id: u32) -> Option<std::ops::Range<usize>> {
+        let width = 1usize << self.depth.checked_sub(id.ilog2())?;
+        let start = (id as usize - (1usize << id.ilog2())) * width;
+        Some(start..start + width)
     }
 
-    fn deepen(&mut self, depth: u32) {
-        if self.table.is_empty() {
-            self.table = vec![NONE];
-            self.gaps = 1;
-        }
-        if depth > self.depth {
-            let copies = 1usize << (depth - self.depth);
-            self.table = self.table.iter().flat_map(|at| std::iter::repeat_n(*at, copies)).collect();
-            self.gaps *= copies;
-            self.depth = depth;
+    /// The entry of the table above a deep page.
+    fn above(&mut self, start: u32) -> Option<&mut u32> {
+        self.table.get_mut((start >> (MAX_DEPTH - self.depth)) as usize)
+    }
+
+    fn deepen(&mut self) {
+        let halves = |at: &u32| if *at == DEEP { [NONE; 2] } else { [*at; 2] };
+        self.table = self.table.iter().flat_map(halves).collect();
+        self.depth += 1;
+        let depth = self.depth;
+        let deep = std::mem::take(&mut self.deep);
+        for (start, (id, at)) in deep {
+            let fits = id.ilog2() == depth;
+            if let Some(entry) = self.above(start) {
+                *entry = if fits { at } else { DEEP };
+            }
+            if !fits {
+                self.deep.insert(start, (id, at));
+            }
         }
     }
 
     fn remove(&mut self, id: u32) -> Option<Staged> {
-        if id == 0 || self.table.is_empty() || id.ilog2() > self.depth {
+        if id == 0 || id.ilog2() > MAX_DEPTH {
             return None;
         }
+        let (start, width) = places(id);
         let range = self.range(id);
-        let at = *self.table.get(range.start)?;
+        let at = match &range {
+            Some(range) => *self.table.get(range.start)?,
+            None => self.deep.get(&start).filter(|(deep, _)| *deep == id)?.1,
+        };
         if self.blocks.id(at)? != id {
             return None;
         }
         let bytes = self.blocks.page(at)?.to_vec();
         self.blocks.free(at);
-        let entries = self.table.get_mut(range)?;
-        self.gaps += entries.len();
-        entries.fill(NONE);
+        if let Some(range) = range {
+            self.table.get_mut(range)?.fill(NONE);
+        } else {
+            self.deep.remove(&start);
+            let shift = MAX_DEPTH - self.depth;
+            let first = start >> shift << shift;
+            if self.deep.range(first..first + (1 << shift)).next().is_none() {
+                *self.above(start)? = NONE;
+            }
+        }
         let digest = page::stated(&bytes);
         self.digest = self.digest.wrapping_sub(hash::contribution(id, digest));
+        self.covered -= width;
         self.count -= 1;
         Some(Staged { id, digest, bytes })
     }
 
     fn insert(&mut self, staged: &Staged) -> Result<(), FormatError> {
         let id = staged.id;
-        self.deepen(id.ilog2());
-        let range = self.range(id);
-        let entries = self.table.get_mut(range).ok_or(FormatError::Cover { id })?;
-        if entries.iter().any(|e| *e != NONE) {
-            return Err(FormatError::Cover { id });
+        let overlap = FormatError::Cover { id };
+        if self.table.is_empty() {
+            self.table = vec![NONE];
         }
-        entries.fill(self.blocks.put(id, &staged.bytes));
-        self.gaps -= entries.len();
+        let (start, width) = places(id);
+        match self.range(id) {
+            Some(range) => {
+                let entries = self.table.get_mut(range).ok_or(overlap.clone())?;
+                if entries.iter().any(|e| *e != NONE) {
+                    return Err(overlap);
+                }
+                entries.fill(self.blocks.put(id, &staged.bytes));
+            }
+            None => {
+                let before = self.deep.range(..=start).next_back().map(|(at, (id, _))| at + places(*id).1);
+                let after = self.deep.range(start..).next().map(|(at, _)| *at);
+                let entry = self.above(start).ok_or(overlap.clone())?;
+                if *entry < DEEP || before.is_some_and(|end| end > start) || after.is_some_and(|at| at < start + width)
+                {
+                    return Err(overlap);
+                }
+                *entry = DEEP;
+                let at = self.blocks.put(id, &staged.bytes);
+                self.deep.insert(start, (id, at));
+                if self.deep.len() > self.table.len() / SHARE {
+                    self.deepen();
+                }
+            }
+        }
         self.digest = self.digest.wrapping_add(hash::contribution(id, staged.digest));
+        self.covered += width;
         self.count += 1;
         Ok(())
     }
 
     fn page(&self, hash: u64) -> Option<&[u8]> {
         let entry = hash.checked_shr(64 - self.depth).unwrap_or(0) as usize;
-        self.blocks.page(*self.table.get(entry)?)
+        match *self.table.get(entry)? {
+            DEEP => {
+                let start = (hash >> (64 - MAX_DEPTH)) as u32;
+                let (_, (_, at)) = self.deep.range(..=start).next_back()?;
+                self.blocks.page(*at)
+            }
+            at => self.blocks.page(at),
+        }
     }
 
-    /// Where each page is, by id's place in the trie.
+    /// Where each page is.
     fn places(&self) -> impl Iterator<Item = u32> {
         let mut last = NONE;
-        self.table.iter().copied().filter(move |at| {
-            let new = *at != last && *at != NONE;
+        let shallow = self.table.iter().copied().filter(move |at| {
+            let new = *at != last && *at < DEEP;
             last = *at;
             new
-        })
+        });
+        shallow.chain(self.deep.values().map(|(_, at)| *at))
     }
 
     fn complete(&self, expected: u64) -> Result<(), FormatError> {
-        if self.gaps != 0 || self.table.is_empty() {
+        if self.covered != 1 << MAX_DEPTH {
             let at = self.table.iter().position(|e| *e == NONE).unwrap_or(0);
             return Err(FormatError::Cover { id: (1 << self.depth) + at as u32 });
         }
@@ -247,7 +315,7 @@ impl Snapshot {
 
     /// Bytes that the pages in effect take, and the table over them.
     pub fn bytes(&self) -> usize {
-        self.live.blocks.used() + self.live.table.len() * 4
+        self.live.blocks.used() + self.live.table.len() * 4 + self.live.deep.len() * 16
     }
 
     pub(crate) fn summary(&self) -> &Summary {

@@ -213,6 +213,5 @@ impl Writer {
 }
 
 fn fits(a: &[Packed], b: &[Packed]) -> bool {
-    let joined = page::size(a) + page::size(b) - page::size(&[]);
-    joined <= PAGE_LIMIT || a.len() + b.len() <= 1
+    page::size(a.iter().chain(b)) <= PAGE_LIMIT || a.len() + b.len() <= 1
 }

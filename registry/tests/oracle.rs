@@ -13,8 +13,12 @@ use portolan_registry::write::Writer;
 use proptest::prelude::*;
 
 fn choice(cluster: String, name: &str) -> Choice {
-    let origin = |name: &str| Origin { namespace: "default".into(), name: name.into(), kind: OriginKind::ServiceEntry };
-    Choice { cluster, winner: origin(name), losers: vec![origin("older")] }
+    let origin = |name: &str| Origin {
+        namespace: "default".parse().expect("a name"),
+        name: name.parse().expect("a name"),
+        kind: OriginKind::ServiceEntry,
+    };
+    Choice { cluster: cluster.parse().expect("a name"), winner: origin(name), losers: vec![origin("older")] }
 }
 
 fn host_row(pattern: &str, http: &[u16], sni: &[u16]) -> Row {
@@ -81,12 +85,12 @@ fn scan(rows: &[Row], name: &str, destination: SocketAddr, sni: bool) -> Answer 
         {
             let found = if sni { tcp } else { http };
             if let Some(c) = found.as_ref().or(tcp.as_ref()) {
-                return Answer(Ok(c.cluster.clone()), Rule::Address);
+                return Answer(Ok(c.cluster.to_string()), Rule::Address);
             }
         }
     }
     let match_all = rows.iter().find_map(|r| match r {
-        Row::Port { port: p, tcp: Some(tcp), .. } if *p == port => Some(tcp.cluster.clone()),
+        Row::Port { port: p, tcp: Some(tcp), .. } if *p == port => Some(tcp.cluster.to_string()),
         _ => None,
     });
     let rest = || match &match_all {
@@ -110,8 +114,8 @@ fn scan(rows: &[Row], name: &str, destination: SocketAddr, sni: bool) -> Answer 
         if let Some((_, tcp, names)) = best {
             let named = names.iter().filter(|(p, _)| p.matches(name)).max_by_key(|(p, _)| specificity(p));
             return match (named, tcp) {
-                (Some((_, c)), _) => Answer(Ok(c.cluster.clone()), Rule::PrefixSni),
-                (None, Some(c)) => Answer(Ok(c.cluster.clone()), Rule::Prefix),
+                (Some((_, c)), _) => Answer(Ok(c.cluster.to_string()), Rule::PrefixSni),
+                (None, Some(c)) => Answer(Ok(c.cluster.to_string()), Rule::Prefix),
                 (None, None) => rest(),
             };
         }
@@ -122,7 +126,7 @@ fn scan(rows: &[Row], name: &str, destination: SocketAddr, sni: bool) -> Answer 
             Row::Host { pattern, ports } if pattern.matches(name) => {
                 let at = ports.iter().find(|p| p.port == port)?;
                 let c = if sni { at.sni.as_ref() } else { at.http.as_ref() };
-                Some((pattern, c?.cluster.clone()))
+                Some((pattern, c?.cluster.to_string()))
             }
             _ => None,
         })
@@ -265,7 +269,7 @@ proptest! {
     }
 
     #[test]
-    fn order_and_history_leave_no_trace(rows in prop::collection::vec(row(), 1..60), extra in prop::collection::vec(row(), 0..60)) {
+    fn order_and_history_leave_no_trace(rows in prop::collection::vec(row(), 1..60), extra in prop::collection::vec(row(), 0..200)) {
         let mut by_key = BTreeMap::new();
         rows.iter().for_each(|r| drop(by_key.insert(r.key(), r.clone())));
         let mut straight = Writer::new();

@@ -77,10 +77,14 @@ impl Env for Fake {
 }
 
 /// Attributes of a connection, by Envoy's names.
-struct Connection {
-    destination: String,
-    sni: Vec<u8>,
-    proxy: bool,
+#[derive(Debug, Default)]
+pub struct Connection {
+    /// `destination.address`
+    pub destination: String,
+    /// `connection.requested_server_name`
+    pub sni: Vec<u8>,
+    /// Came to the HTTP proxy port.
+    pub proxy: bool,
 }
 
 impl Properties for Connection {
@@ -125,8 +129,15 @@ pub enum TcpDecision {
     Close,
 }
 
+/// What runs, and how it is configured.
+struct Plugins {
+    engine: Engine,
+    configuration: &'static str,
+}
+
 /// One instance of the filter, as a thread of the proxy has it.
 pub struct Filter {
+    plugins: Plugins,
     vm: Vm,
     record: Rc<RefCell<Record>>,
     shared: Arc<Shared>,
@@ -142,16 +153,22 @@ impl Default for Filter {
 impl Filter {
     /// Starts the filter; it opens its registry stream.
     pub fn start(limits: Limits) -> Self {
+        Self::of(engine().clone(), limits, "")
+    }
+
+    /// Starts a module, the filter or another in its place, with this configuration of the plugins.
+    pub fn of(engine: Engine, limits: Limits, configuration: &'static str) -> Self {
         let (shared, record) = (Arc::default(), Rc::default());
-        let vm = start_vm(&shared, &record, limits).expect("the filter starts");
-        Self { vm, record, shared, limits }
+        let plugins = Plugins { engine, configuration };
+        let vm = start_vm(&plugins, &shared, &record, limits).expect("the filter starts");
+        Self { plugins, vm, record, shared, limits }
     }
 
     /// A fresh instance in place of this one, as after a trap. It holds no snapshot.
     pub fn restart(&mut self, limits: Limits) {
         self.limits = limits;
         *self.record.borrow_mut() = Record::default();
-        self.vm = start_vm(&self.shared, &self.record, limits).expect("the filter starts");
+        self.vm = start_vm(&self.plugins, &self.shared, &self.record, limits).expect("the filter starts");
     }
 
     /// Whether a callback has trapped.
@@ -180,13 +197,22 @@ impl Filter {
         self.http(headers, SocketAddr::from(([127, 0, 0, 1], 15080)), true)
     }
 
-    fn http(&mut self, headers: &[(&str, &[u8])], to: SocketAddr, proxy: bool) -> Result<HttpDecision, Trap> {
+    /// What a request without a body comes to, and what the filter made of it.
+    ///
+    /// # Errors
+    /// When the filter traps.
+    pub fn request(&mut self, state: HttpState, properties: Rc<dyn Properties>) -> Result<(Outcome, HttpState), Trap> {
         let root = self.vm.root("portolan_http").expect("the HTTP root");
-        let properties = Connection { destination: to.to_string(), sni: Vec::new(), proxy };
-        let context = self.vm.create_http(root, http_state(headers), Rc::new(properties))?;
+        let context = self.vm.create_http(root, state, properties)?;
         let outcome = self.vm.on_request_headers(context, true)?;
         let state = std::mem::take(self.vm.http(context).expect("the stream is there until it is finished"));
         self.vm.finish(context)?;
+        Ok((outcome, state))
+    }
+
+    fn http(&mut self, headers: &[(&str, &[u8])], to: SocketAddr, proxy: bool) -> Result<HttpDecision, Trap> {
+        let properties = Connection { destination: to.to_string(), sni: Vec::new(), proxy };
+        let (outcome, state) = self.request(http_state(headers), Rc::new(properties))?;
         Ok(match outcome {
             Outcome::Continue => {
                 let mut headers = state.request.headers;
@@ -311,11 +337,16 @@ impl Filter {
     }
 }
 
-fn start_vm(shared: &Arc<Shared>, record: &Rc<RefCell<Record>>, limits: Limits) -> Result<Vm, StartError> {
+fn start_vm(
+    plugins: &Plugins,
+    shared: &Arc<Shared>,
+    record: &Rc<RefCell<Record>>,
+    limits: Limits,
+) -> Result<Vm, StartError> {
     let plugin = |root_id: &str, kind| PluginConfig {
         name: root_id.to_owned(),
         root_id: root_id.to_owned(),
-        configuration: Bytes::new(),
+        configuration: Bytes::from_static(plugins.configuration.as_bytes()),
         kind,
     };
     let config = VmConfig {
@@ -325,11 +356,11 @@ fn start_vm(shared: &Arc<Shared>, record: &Rc<RefCell<Record>>, limits: Limits) 
         shared: shared.clone(),
         ..VmConfig::default()
     };
-    Vm::start(engine(), config, Box::new(Fake(record.clone())))
+    Vm::start(&plugins.engine, config, Box::new(Fake(record.clone())))
 }
 
-/// Builds a request; headers that no parser would let through are left out.
-fn http_state(headers: &[(&str, &[u8])]) -> HttpState {
+/// A request with these headers, pseudo headers among them; headers that no parser would let through are left out.
+pub fn http_state(headers: &[(&str, &[u8])]) -> HttpState {
     let mut state = HttpState::default();
     let head = &mut state.request;
     head.path = Some(HeaderValue::from_static("/"));

@@ -23,8 +23,12 @@ fn tls() -> SocketAddr {
 }
 
 fn choice(cluster: &str) -> Option<Choice> {
-    let winner = Origin { namespace: "default".into(), name: "entry".into(), kind: OriginKind::ServiceEntry };
-    Some(Choice { cluster: cluster.into(), winner, losers: Vec::new() })
+    let winner = Origin {
+        namespace: "default".parse().expect("a name"),
+        name: "entry".parse().expect("a name"),
+        kind: OriginKind::ServiceEntry,
+    };
+    Some(Choice { cluster: cluster.parse().expect("a name"), winner, losers: Vec::new() })
 }
 
 fn host(pattern: &str, cluster: &str) -> Row {

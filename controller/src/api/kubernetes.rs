@@ -116,8 +116,9 @@ pub fn endpoints(meta: &Meta, root: &Node, issues: &mut Vec<Issue>) -> Vec<Endpo
         (addresses, numbered_ports(fields.take("ports"), &path.field("ports"), issues))
     });
     let slice = |(index, (addresses, ports)): (usize, (Vec<String>, BTreeMap<String, u16>))| EndpointSlice {
-        meta: Meta { name: format!("{}-subset-{index}", meta.name), ..meta.clone() },
-        service: meta.name.clone(),
+        // A name too long to tell apart from others is that of no document either.
+        meta: Meta { name: format!("{}-subset-{index}", meta.name).parse().unwrap_or_default(), ..meta.clone() },
+        service: meta.name.to_string(),
         addresses,
         ports,
     };

@@ -1,5 +1,9 @@
 //! Object metadata.
 
+use std::str::FromStr;
+
+use portolan_registry::object::{Namespace, ObjectNameError};
+
 use crate::api::decode::{self, Path};
 use crate::config::tree::Node;
 use crate::model::Meta;
@@ -11,8 +15,8 @@ use crate::validate::finding::Issue;
 pub fn read(root: &Node, issues: &mut Vec<Issue>) -> Meta {
     let path = Path::root("metadata");
     let mut fields = decode::Fields::of(root.get("metadata"), &path, issues);
-    let name = decode::string(fields.take("name"), &path.field("name"), issues);
-    let namespace = decode::string(fields.take("namespace"), &path.field("namespace"), issues);
+    let name = object_name(fields.take("name"), &path.field("name"), issues);
+    let namespace: Namespace = object_name(fields.take("namespace"), &path.field("namespace"), issues);
     let labels = decode::string_map(fields.take("labels"), &path.field("labels"), issues);
     let annotations = decode::string_map(fields.take("annotations"), &path.field("annotations"), issues);
     let written = decode::string(fields.take("creationTimestamp"), &path.field("creationTimestamp"), issues);
@@ -26,6 +30,17 @@ pub fn read(root: &Node, issues: &mut Vec<Issue>) -> Meta {
         }
     };
     // The rest of metadata (uid, managedFields, ...) is the API server's business.
-    let namespace = if namespace.is_empty() { "default".to_owned() } else { namespace };
+    let namespace = if namespace.is_empty() { "default".parse().unwrap_or_default() } else { namespace };
     Meta { namespace, name, created, labels, annotations }
+}
+
+fn object_name<T>(node: Option<&Node>, path: &Path, issues: &mut Vec<Issue>) -> T
+where
+    T: FromStr<Err = ObjectNameError> + Default,
+{
+    let written = decode::string(node, path, issues);
+    written.parse().unwrap_or_else(|error: ObjectNameError| {
+        issues.push(Issue::refused("name", *path, error.to_string()));
+        T::default()
+    })
 }

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use portolan_registry::object::{Namespace, ObjectName};
+
 use crate::compile::service::{Member, Source};
 use crate::model::{
     EndpointSlice, Kind, Labels, Object, Pod, Resolution, Service, ServiceEntry, ServicePort, Workload, WorkloadEntry,
@@ -34,9 +36,9 @@ enum Selectable {
 #[derive(Debug, Default)]
 pub(crate) struct Workloads {
     /// By namespace; Pods come before WorkloadEntries.
-    selectable: HashMap<String, BTreeMap<(bool, String), Selectable>>,
+    selectable: HashMap<Namespace, BTreeMap<(bool, ObjectName), Selectable>>,
     /// By namespace and service.
-    slices: HashMap<(String, String), BTreeMap<String, Arc<EndpointSlice>>>,
+    slices: HashMap<(Namespace, String), BTreeMap<ObjectName, Arc<EndpointSlice>>>,
 }
 
 /// Who may be concerned when a workload comes or goes.
@@ -220,7 +222,7 @@ fn locality(workload: &Workload, labels: &Labels) -> String {
 
 fn kube_endpoints(service: &Service, workloads: &Workloads, out: &mut Vec<Endpoint>) {
     let meta = &service.meta;
-    let slices = workloads.slices.get(&(meta.namespace.clone(), meta.name.clone()));
+    let slices = workloads.slices.get(&(meta.namespace.clone(), meta.name.to_string()));
     for slice in slices.into_iter().flat_map(BTreeMap::values) {
         for port in &service.ports {
             let Some(number) = slice.ports.get(&port.name) else { continue };

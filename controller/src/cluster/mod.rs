@@ -13,6 +13,7 @@ use portolan_proto::envoy::envoy::extensions::clusters::dynamic_forward_proxy::v
 use portolan_proto::envoy::envoy::extensions::common::dynamic_forward_proxy::v3::DnsCacheConfig;
 use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options};
 use portolan_proto::envoy::google::protobuf::{self, Any, Struct, UInt32Value, Value};
+use portolan_registry::object::ClusterName;
 use prost::{Message, Name};
 
 use self::endpoints::{Endpoint, Workloads, host_endpoints};
@@ -31,13 +32,18 @@ const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptio
 const CONNECT_STRATEGY: &str = "istio.io/connect-strategy";
 
 /// Name of the cluster of a service port, as istiod forms it.
-pub fn outbound_name(port: u16, host: &str) -> String {
-    format!("outbound|{port}||{host}")
+pub fn outbound_name(port: u16, host: &str) -> ClusterName {
+    named(format!("outbound|{port}||{host}"))
 }
 
 /// Name of the cluster that dials, at this port, the name that was asked for.
-pub fn forward_name(port: u16, host: &str) -> String {
-    format!("forward|{port}||{host}")
+pub fn forward_name(port: u16, host: &str) -> ClusterName {
+    named(format!("forward|{port}||{host}"))
+}
+
+/// A host that passed validation makes a good name; any other has no route.
+fn named(name: String) -> ClusterName {
+    name.parse().unwrap_or_default()
 }
 
 /// Port and host of a cluster's name. Subsets need DestinationRules: there are none yet.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
+use portolan_registry::object::ClusterName;
 use portolan_registry::row::{Choice, MAX_LOSERS, Origin, RowKey};
 
 use super::service::{
@@ -206,12 +207,12 @@ impl Group {
     }
 
     /// The cluster of a port, as istiod names it.
-    pub(crate) fn cluster(&self, port: u16) -> String {
+    pub(crate) fn cluster(&self, port: u16) -> ClusterName {
         let base = self.owner(port).and_then(|o| self.service(o.base));
         outbound_name(port, base.map_or("", |s| &s.member.host))
     }
 
-    fn choice(&self, owner: &HostPortOwner, cluster: String) -> Option<Choice> {
+    fn choice(&self, owner: &HostPortOwner, cluster: ClusterName) -> Option<Choice> {
         let winner = self.service(owner.declared)?.member.source.origin();
         let mut losers: Vec<Origin> = Vec::new();
         for other in self.resolved.services.iter().chain(&self.resolved.hidden) {

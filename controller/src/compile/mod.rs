@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::v1::{Inspection, ListenerPlan};
+use portolan_registry::object::{ClusterName, Namespace};
 use portolan_registry::row::{CatchAll, Choice, Globals, Origin, Row, RowKey};
 use portolan_registry::write::{self, PageId, Writer};
 
@@ -23,8 +24,6 @@ use self::ports::PortState;
 use self::service::{Context, Member, Source, group_key, kube_host};
 use crate::cluster::{self, endpoints::Workloads};
 use crate::model::{Change, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
-
-pub use self::rows::NO_ROUTE;
 
 /// Claims that met, and who lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +87,7 @@ pub struct Compiler {
     hosts: HashMap<Arc<str>, HostState>,
     workloads: Workloads,
     /// Hosts of each namespace that select workloads.
-    selecting: HashMap<String, BTreeSet<Arc<str>>>,
+    selecting: HashMap<Namespace, BTreeSet<Arc<str>>>,
     /// Hosts with a say in rows that are not their own.
     claimants: HashMap<RowKey, BTreeSet<Arc<str>>>,
     ports: BTreeMap<u16, PortState>,
@@ -368,7 +367,8 @@ impl Compiler {
         let Some(state) = self.ports.get(&port) else { return };
         let origins = |o: &service::Order| o.member.source.origin();
         let tcp = state.everything().next().map(|first| {
-            let cluster = self.group(&group_key(&first.member.host)).map_or_else(String::new, |g| g.cluster(port));
+            let cluster =
+                self.group(&group_key(&first.member.host)).map_or_else(ClusterName::default, |g| g.cluster(port));
             rows::decide(cluster, origins(first), state.everything().skip(1).map(origins))
         });
         let kept_out: Vec<Origin> = state.kept_out().take(16).map(origins).collect();

@@ -6,15 +6,13 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
+use portolan_registry::object::ClusterName;
 use portolan_registry::row::{Choice, HostPort, MAX_LOSERS, Origin, Row};
 
 use super::chains::{Bind, Chain, Group};
 use super::ports::Mode;
 use super::service::Order;
 use crate::model::Protocol;
-
-/// A virtual host without a route has no cluster: its requests find nothing (404).
-pub const NO_ROUTE: &str = "";
 
 /// A chain with its place in the order and the group that it is from.
 type Ranked<'g> = (Order, &'g Chain, &'g Group);
@@ -74,7 +72,7 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
     let sniffed: Vec<Ranked<'_>> = ranked.iter().filter(|(_, c, _)| c.http).cloned().collect();
     let http = first(&sniffed).map(|mut choice| {
         if sniffed.first().is_some_and(|(_, chain, group)| !single_route(group, chain)) {
-            choice.cluster = NO_ROUTE.to_owned();
+            choice.cluster = ClusterName::default();
         }
         choice
     });
@@ -126,7 +124,7 @@ fn first(ranked: &[Ranked<'_>]) -> Option<Choice> {
 }
 
 /// A choice with its losers, each named once.
-pub(crate) fn decide(cluster: String, winner: Origin, rest: impl Iterator<Item = Origin>) -> Choice {
+pub(crate) fn decide(cluster: ClusterName, winner: Origin, rest: impl Iterator<Item = Origin>) -> Choice {
     let mut losers: Vec<Origin> = Vec::new();
     for origin in rest {
         if losers.len() == MAX_LOSERS {

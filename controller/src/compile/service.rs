@@ -127,7 +127,9 @@ impl Member {
             return None;
         }
         let namespace = &self.source.meta().namespace;
-        own.iter().any(|e| *e == cx.scope.namespace || (e == "." && *namespace == cx.scope.namespace)).then_some(true)
+        own.iter()
+            .any(|e| *e == cx.scope.namespace || (e == "." && *namespace == cx.scope.namespace.as_str()))
+            .then_some(true)
     }
 }
 
@@ -238,7 +240,7 @@ pub(crate) fn resolve(members: &[Member], aliases: &[Member], cx: &Context) -> O
     list.sort_by(|a, b| a.public.cmp(&b.public).then_with(|| a.member.age(&b.member)));
     let namespace = winner(&list, &cx.scope.namespace)?.to_owned();
     let (services, hidden): (Vec<_>, Vec<_>) =
-        list.into_iter().partition(|s| s.member.source.meta().namespace == namespace);
+        list.into_iter().partition(|s| s.member.source.meta().namespace == namespace.as_str());
     let ports = ports(&services);
     let aliases = aliases.iter().filter(|a| a.visible(cx).is_some()).map(|a| a.host.to_lowercase()).collect();
     Some(Resolved { services, hidden, ports, aliases })

@@ -147,7 +147,7 @@ impl Reader<'_> {
             format!("{version} {kind} does not concern Portolan, ignored")
         };
         let meta = api::meta::read(root, &mut Vec::new());
-        let name = Name { kind: kind.to_owned(), namespace: meta.namespace, name: meta.name };
+        let name = Name { kind: kind.to_owned(), namespace: meta.namespace.to_string(), name: meta.name.to_string() };
         self.finding(root.line_of("kind"), Issue::warned("ignored-kind", "kind", message), &name);
     }
 
@@ -155,7 +155,8 @@ impl Reader<'_> {
         let mut issues = Vec::new();
         let meta = api::meta::read(root, &mut issues);
         let key = ObjectKey { kind, namespace: meta.namespace.clone(), name: meta.name.clone() };
-        let name = Name { kind: kind_name(kind).into(), namespace: meta.namespace.clone(), name: meta.name.clone() };
+        let (namespace, name) = (meta.namespace.to_string(), meta.name.to_string());
+        let name = Name { kind: kind_name(kind).into(), namespace, name };
         let unreadable = issues.iter().any(Issue::rejects);
         let objects = match kind {
             Kind::ServiceEntry => vec![Object::ServiceEntry(Arc::new(service_entry(meta, root, &mut issues)))],

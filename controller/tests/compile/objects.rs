@@ -17,7 +17,7 @@ pub fn labels(pairs: &[(&str, &str)]) -> Labels {
 }
 
 pub fn meta(namespace: &str, name: &str, created: i64) -> Meta {
-    Meta { namespace: namespace.into(), name: name.into(), created, ..Meta::default() }
+    Meta { namespace: namespace.parse().unwrap(), name: name.parse().unwrap(), created, ..Meta::default() }
 }
 
 pub fn port(number: u16, protocol: Protocol) -> ServicePort {
