@@ -11,9 +11,10 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
 use crate::compile::Conflict;
-use crate::model::{Change, MeshConfig};
+use crate::model::{Change, Kind, MeshConfig};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
+use crate::source::read::kind_name;
 use crate::source::yaml::{Batch, ReadError, YamlSource};
 use crate::validate::finding::{Finding, Severity};
 
@@ -73,6 +74,7 @@ impl Controller {
     pub async fn start(config: &ControllerConfig) -> Result<Self, ControllerError> {
         let (mut source, loaded) = YamlSource::load(&config.paths, config.mesh.as_deref())?;
         log(&loaded.findings);
+        tell_unserved(&loaded.changes);
         let mut controller = Self::empty(loaded.mesh)?;
         controller.apply(loaded.changes).await?;
         let publisher = controller.publisher.clone();
@@ -147,10 +149,23 @@ async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
     if let Some(mesh) = batch.mesh {
         publisher.set_mesh(mesh).await?;
     }
+    tell_unserved(&batch.changes);
     for conflict in publisher.apply(batch.changes).await? {
         tracing::info!(subject = conflict.subject, rule = ?conflict.rule, winner = ?conflict.winner, "conflict");
     }
     Ok(())
+}
+
+/// Says of resources that pass validation and change nothing yet that they do.
+fn tell_unserved(changes: &[Change]) {
+    for change in changes {
+        let Change::Apply(object) = change else { continue };
+        let key = object.key();
+        if matches!(key.kind, Kind::VirtualService | Kind::DestinationRule | Kind::Gateway | Kind::Sidecar) {
+            let object = format!("{} {}/{}", kind_name(key.kind), key.namespace, key.name);
+            tracing::warn!(object, "checked, but not supported yet: it changes no traffic");
+        }
+    }
 }
 
 fn log(findings: &[Finding]) {

@@ -6,6 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portolan_registry::object::{Namespace, ObjectName};
+use crate::api::destination_rule::DestinationRule;
+use crate::api::gateway::Gateway;
+use crate::api::sidecar::Sidecar;
+use crate::api::virtual_service::VirtualService;
 
 /// Labels of an object or a selector, sorted.
 pub type Labels = BTreeMap<String, String>;
@@ -32,6 +36,14 @@ pub enum Kind {
     ServiceEntry,
     /// `networking.istio.io` WorkloadEntry
     WorkloadEntry,
+    /// `networking.istio.io` VirtualService
+    VirtualService,
+    /// `networking.istio.io` DestinationRule
+    DestinationRule,
+    /// `networking.istio.io` Gateway
+    Gateway,
+    /// `networking.istio.io` Sidecar
+    Sidecar,
     /// Kubernetes core `Service`
     Service,
     /// Kubernetes `discovery.k8s.io` EndpointSlice
@@ -58,6 +70,14 @@ pub enum Object {
     ServiceEntry(Arc<ServiceEntry>),
     /// A WorkloadEntry.
     WorkloadEntry(Arc<WorkloadEntry>),
+    /// A VirtualService.
+    VirtualService(Arc<Checked<VirtualService>>),
+    /// A DestinationRule.
+    DestinationRule(Arc<Checked<DestinationRule>>),
+    /// A Gateway.
+    Gateway(Arc<Checked<Gateway>>),
+    /// A Sidecar.
+    Sidecar(Arc<Checked<Sidecar>>),
     /// A Kubernetes Service.
     Service(Arc<Service>),
     /// A Kubernetes EndpointSlice.
@@ -72,6 +92,10 @@ impl Object {
         match self {
             Object::ServiceEntry(o) => &o.meta,
             Object::WorkloadEntry(o) => &o.meta,
+            Object::VirtualService(o) => &o.meta,
+            Object::DestinationRule(o) => &o.meta,
+            Object::Gateway(o) => &o.meta,
+            Object::Sidecar(o) => &o.meta,
             Object::Service(o) => &o.meta,
             Object::EndpointSlice(o) => &o.meta,
             Object::Pod(o) => &o.meta,
@@ -83,6 +107,10 @@ impl Object {
         let kind = match self {
             Object::ServiceEntry(_) => Kind::ServiceEntry,
             Object::WorkloadEntry(_) => Kind::WorkloadEntry,
+            Object::VirtualService(_) => Kind::VirtualService,
+            Object::DestinationRule(_) => Kind::DestinationRule,
+            Object::Gateway(_) => Kind::Gateway,
+            Object::Sidecar(_) => Kind::Sidecar,
             Object::Service(_) => Kind::Service,
             Object::EndpointSlice(_) => Kind::EndpointSlice,
             Object::Pod(_) => Kind::Pod,
@@ -226,6 +254,15 @@ pub struct WorkloadEntry {
     pub workload: Workload,
     /// Status of the condition `Healthy`, where there is one.
     pub healthy: Option<bool>,
+}
+
+/// A resource whose spec is kept as it was decoded, after validation found no error in it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Checked<S> {
+    /// Metadata.
+    pub meta: Meta,
+    /// Spec.
+    pub spec: S,
 }
 
 /// A Kubernetes Service, as far as matching needs it.

@@ -4,6 +4,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use jiff::SignedDuration;
+
 use crate::config::tree::{Field, Node, Value};
 use crate::validate::finding::{Gate, Issue, Severity};
 
@@ -114,6 +118,11 @@ fn is_snake_case_of(snake: &str, camel: &str) -> bool {
     let mut bytes = snake.bytes();
     let mut humps = false;
     for c in camel.bytes() {
+        if c.is_ascii_digit() && bytes.clone().next() == Some(b'_') {
+            // consecutive_5xx_errors is consecutive5xxErrors.
+            humps = true;
+            bytes.next();
+        }
         if c.is_ascii_uppercase() {
             humps = true;
             if bytes.next() != Some(b'_') || bytes.next() != Some(c.to_ascii_lowercase()) {
@@ -126,7 +135,7 @@ fn is_snake_case_of(snake: &str, camel: &str) -> bool {
     humps && bytes.next().is_none()
 }
 
-fn wrong_type(node: Option<&Node>, wanted: &str, path: &Path<'_>, issues: &mut Vec<Issue>) {
+pub(super) fn wrong_type(node: Option<&Node>, wanted: &str, path: &Path<'_>, issues: &mut Vec<Issue>) {
     let found = node.map_or("null", Node::type_name);
     // The trap of YAML 1.1, which Kubernetes reads.
     let hint = if found == "bool" && wanted == "string" { " (y, n, yes, no, on and off need quotes)" } else { "" };
@@ -162,6 +171,128 @@ pub fn uint32(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> 
 fn json_integer(text: &str) -> Option<u32> {
     let plain = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
     plain.then(|| text.parse().ok()).flatten()
+}
+
+/// A whole number of that type, perhaps in quotes; 0 if absent. `wanted` says so in words.
+pub fn integer<T: TryFrom<i64> + Default>(
+    node: Option<&Node>,
+    wanted: &str,
+    path: &Path<'_>,
+    issues: &mut Vec<Issue>,
+) -> T {
+    let number = match node.map(|node| &node.value) {
+        None | Some(Value::Null) => return T::default(),
+        Some(Value::Int(number)) => Some(*number),
+        Some(Value::String(text)) => {
+            let digits = text.strip_prefix('-').unwrap_or(text);
+            let plain = digits.bytes().all(|b| b.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
+            plain.then(|| text.parse().ok()).flatten()
+        }
+        Some(_) => None,
+    };
+    number.and_then(|number: i64| T::try_from(number).ok()).unwrap_or_else(|| {
+        wrong_type(node, wanted, path, issues);
+        T::default()
+    })
+}
+
+/// A number, perhaps in quotes; 0 if absent.
+pub fn double(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> f64 {
+    let number = match node.map(|node| &node.value) {
+        None | Some(Value::Null) => return 0.0,
+        #[expect(clippy::cast_precision_loss, reason = "what JSON does with such numbers, too")]
+        Some(Value::Int(number)) => Some(*number as f64),
+        Some(Value::Float(number)) => Some(*number),
+        Some(Value::String(text)) if text.starts_with(|c: char| c.is_ascii_digit() || c == '-') => text.parse().ok(),
+        Some(_) => None,
+    };
+    number.unwrap_or_else(|| {
+        wrong_type(node, "a number", path, issues);
+        0.0
+    })
+}
+
+/// A boolean; false if absent.
+pub fn boolean(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> bool {
+    match node.map(|node| &node.value) {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(value)) => *value,
+        Some(_) => {
+            wrong_type(node, "a boolean", path, issues);
+            false
+        }
+    }
+}
+
+/// Bytes in base64; none if absent.
+pub fn base64(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Vec<u8> {
+    let text = string(node, path, issues);
+    BASE64.decode(text).unwrap_or_else(|error| {
+        issues.push(Issue::refused("base64", path, format!("no base64: {error}")));
+        Vec::new()
+    })
+}
+
+/// A duration as Go writes it, `1m30s`; zero if absent.
+pub fn duration(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> SignedDuration {
+    let text = match node.map(|node| &node.value) {
+        None | Some(Value::Null) => return SignedDuration::ZERO,
+        Some(Value::String(text)) => text,
+        Some(_) => {
+            wrong_type(node, "a duration such as 10s", path, issues);
+            return SignedDuration::ZERO;
+        }
+    };
+    go_duration(text).unwrap_or_else(|| {
+        issues.push(Issue::refused("duration", path, format!("{text:?} is no duration such as 10s")));
+        SignedDuration::ZERO
+    })
+}
+
+/// A duration as Go's `time.ParseDuration` reads it: `1m30s`, `-0.5s`, `250ms`; up to 292 years.
+pub fn go_duration(text: &str) -> Option<SignedDuration> {
+    let (negative, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    if rest == "0" {
+        return Some(SignedDuration::ZERO);
+    }
+    if rest.is_empty() {
+        return None;
+    }
+    let mut total: i64 = 0;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(end);
+        let scale: i64 = match unit {
+            "ns" => 1,
+            "us" | "µs" | "μs" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
+            _ => return None,
+        };
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        if whole.is_empty() && fraction.is_empty() || fraction.contains('.') {
+            return None;
+        }
+        let whole: i64 = if whole.is_empty() { 0 } else { whole.parse().ok()? };
+        let mut part = whole.checked_mul(scale)?;
+        let mut place = scale;
+        for digit in fraction.bytes() {
+            // Digits below a nanosecond are cut off.
+            let next = place / 10;
+            part = part.checked_add(i64::from(digit - b'0') * place / 10)?;
+            place = next;
+        }
+        total = total.checked_add(part)?;
+        rest = tail;
+    }
+    Some(SignedDuration::from_nanos(if negative { -total } else { total }))
 }
 
 /// An enum by name or number; 0 if absent. `names` holds the name of each number.

@@ -98,7 +98,7 @@ fn duration(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Op
     if text.is_empty() {
         return None;
     }
-    let Some(duration) = go_duration(&text) else {
+    let Some(duration) = decode::go_duration(&text).and_then(|duration| Duration::try_from(duration).ok()) else {
         issues.push(Issue::refused("duration", path, format!("{text:?} is no duration such as 10s")));
         return None;
     };
@@ -108,33 +108,6 @@ fn duration(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Op
         return None;
     }
     Some(duration)
-}
-
-/// A duration as Go writes it: `1m30s`, `0.5s`, `250ms`. Negative ones are none.
-fn go_duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut total = Duration::ZERO;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let (number, tail) = rest.split_at(digits);
-        let unit = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
-        let (unit, tail) = tail.split_at(unit);
-        let seconds = match unit {
-            "ns" => 1e-9,
-            "us" | "µs" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        let part = Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?;
-        // Binary fractions of a second are off by a nanosecond or so; nobody writes those.
-        let micros = u64::try_from((part.as_nanos() + 500) / 1000).ok()?;
-        total = total.checked_add(Duration::from_micros(micros))?;
-        rest = tail;
-    }
-    Some(total)
 }
 
 #[cfg(test)]

@@ -92,7 +92,7 @@ impl Workloads {
                 Some(Concern::Labels { namespace: &o.meta.namespace, labels: o.meta.labels.clone(), pod: true })
             }
             Object::EndpointSlice(o) => Some(Concern::Service { namespace: &o.meta.namespace, name: &o.service }),
-            Object::ServiceEntry(_) | Object::Service(_) => None,
+            _ => None,
         }
     }
 
@@ -105,7 +105,7 @@ impl Workloads {
                 self.slices.entry(of).or_default().insert(o.meta.name.clone(), o.clone());
                 return;
             }
-            Object::ServiceEntry(_) | Object::Service(_) => return,
+            _ => return,
         };
         self.selectable.entry(object.meta().namespace.clone()).or_default().insert(key, selectable);
     }
@@ -119,11 +119,12 @@ impl Workloads {
                     slices.remove(&key.name);
                 }
             }
-            (_, kind) => {
+            (_, kind @ (Kind::WorkloadEntry | Kind::Pod)) => {
                 if let Some(all) = self.selectable.get_mut(&key.namespace) {
                     all.remove(&(kind == Kind::WorkloadEntry, key.name));
                 }
             }
+            _ => {}
         }
     }
 

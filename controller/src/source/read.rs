@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::api::{self, decode::Path};
+use crate::api::{self, decode::Path, message::Decode};
 use crate::config::documents::Document;
 use crate::config::tree::{self, Node, Value};
-use crate::model::{Kind, MeshConfig, Meta, Object, ObjectKey, WorkloadEntry};
+use crate::model::{Checked, Kind, MeshConfig, Meta, Object, ObjectKey, WorkloadEntry};
 use crate::validate::finding::{Finding, Gate, Issue, Severity};
 use crate::validate::{self, schema};
 
@@ -131,6 +131,10 @@ impl Reader<'_> {
         let kind = match (group, kind) {
             ("networking.istio.io", "ServiceEntry") => Kind::ServiceEntry,
             ("networking.istio.io", "WorkloadEntry") => Kind::WorkloadEntry,
+            ("networking.istio.io", "VirtualService") => Kind::VirtualService,
+            ("networking.istio.io", "DestinationRule") => Kind::DestinationRule,
+            ("networking.istio.io", "Gateway") => Kind::Gateway,
+            ("networking.istio.io", "Sidecar") => Kind::Sidecar,
             ("", "Service") => Kind::Service,
             ("" | "discovery.k8s.io", "EndpointSlice" | "Endpoints") => Kind::EndpointSlice,
             ("", "Pod") => Kind::Pod,
@@ -161,6 +165,22 @@ impl Reader<'_> {
         let objects = match kind {
             Kind::ServiceEntry => vec![Object::ServiceEntry(Arc::new(service_entry(meta, root, &mut issues)))],
             Kind::WorkloadEntry => vec![Object::WorkloadEntry(Arc::new(workload_entry(meta, root, &mut issues)))],
+            Kind::VirtualService => {
+                let object = checked(kind, meta, root, &mut issues, validate::virtual_service::validate);
+                vec![Object::VirtualService(Arc::new(object))]
+            }
+            Kind::DestinationRule => {
+                let object = checked(kind, meta, root, &mut issues, validate::destination_rule::validate);
+                vec![Object::DestinationRule(Arc::new(object))]
+            }
+            Kind::Gateway => {
+                let object = checked(kind, meta, root, &mut issues, validate::gateway::validate);
+                vec![Object::Gateway(Arc::new(object))]
+            }
+            Kind::Sidecar => {
+                let object = checked(kind, meta, root, &mut issues, validate::sidecar::validate);
+                vec![Object::Sidecar(Arc::new(object))]
+            }
             Kind::Service => vec![Object::Service(Arc::new(api::kubernetes::service(meta, root, &mut issues)))],
             Kind::Pod => vec![Object::Pod(Arc::new(api::kubernetes::pod(meta, root, &mut issues)))],
             Kind::EndpointSlice if root.get("subsets").is_some() => {
@@ -222,6 +242,10 @@ pub fn kind_name(kind: Kind) -> &'static str {
     match kind {
         Kind::ServiceEntry => "ServiceEntry",
         Kind::WorkloadEntry => "WorkloadEntry",
+        Kind::VirtualService => "VirtualService",
+        Kind::DestinationRule => "DestinationRule",
+        Kind::Gateway => "Gateway",
+        Kind::Sidecar => "Sidecar",
         Kind::Service => "Service",
         Kind::EndpointSlice => "EndpointSlice",
         Kind::Pod => "Pod",
@@ -237,6 +261,25 @@ fn top_level(root: &Node, kind: &str, meta: &Meta, issues: &mut Vec<Issue>) {
             issues.push(Issue::refused("unknown-field", Path::root(&field.key), message));
         }
     }
+}
+
+/// A resource whose spec is checked as it was decoded.
+fn checked<S: Decode>(
+    kind: Kind,
+    meta: Meta,
+    root: &Node,
+    issues: &mut Vec<Issue>,
+    validate: fn(&Meta, &S) -> Vec<Issue>,
+) -> Checked<S> {
+    top_level(root, kind_name(kind), &meta, issues);
+    let spec = S::decode(root.get("spec"), &Path::root("spec"), issues);
+    if !issues.iter().any(Issue::rejects) {
+        issues.extend(validate::metadata(&meta));
+        if !issues.iter().any(Issue::rejects) {
+            issues.extend(validate(&meta, &spec));
+        }
+    }
+    Checked { meta, spec }
 }
 
 fn service_entry(meta: Meta, root: &Node, issues: &mut Vec<Issue>) -> crate::model::ServiceEntry {

@@ -4,14 +4,25 @@
 //! reported as a second opinion, because a file passes no API server (and istiod reads files without the schema).
 
 pub mod conflict;
+pub mod destination_rule;
 pub mod finding;
+pub mod gateway;
+mod header_value;
+mod http_route;
+mod locality;
 pub mod predicates;
+mod reachability;
+mod regex;
 pub mod schema;
 mod schema_rules;
 pub mod service_entry;
+mod shared;
+pub mod sidecar;
+mod traffic_policy;
+pub mod virtual_service;
 pub mod workload_entry;
 
-use crate::model::{Labels, Meta};
+use crate::model::Meta;
 use finding::Issue;
 
 /// What istiod checks of every kind's metadata. Any error here hides the others.
@@ -37,16 +48,4 @@ pub fn metadata(meta: &Meta) -> Vec<Issue> {
         );
     }
     Vec::new()
-}
-
-/// Labels of an endpoint.
-fn endpoint_labels(labels: &Labels, field: &str, issues: &mut Vec<Issue>) {
-    for (key, value) in labels {
-        if let Err(message) = predicates::label_key(key) {
-            issues.push(Issue::refused("label-key", format!("{field}.{key}"), message));
-        }
-        if let Err(message) = predicates::label_value(value) {
-            issues.push(Issue::refused("label-value", format!("{field}.{key}"), message));
-        }
-    }
 }

@@ -180,3 +180,45 @@ pub fn is_object_name(name: &str) -> bool {
 pub fn is_kubernetes_label_value(value: &str) -> bool {
     value.len() <= 63 && label_value(value).is_ok()
 }
+
+/// Whether two host names, each perhaps a wildcard, have a name in common (Istio's `Name.Matches`; case counts).
+pub fn hosts_match(a: &str, b: &str) -> bool {
+    match (a.strip_prefix('*'), b.strip_prefix('*')) {
+        (Some(a), Some(b)) if a.len() < b.len() => b.ends_with(a),
+        (Some(a), Some(b)) => a.ends_with(b),
+        (Some(suffix), None) => b.ends_with(suffix),
+        (None, Some(suffix)) => a.ends_with(suffix),
+        (None, None) => a == b,
+    }
+}
+
+/// Whether every name of `a` is one of `b` (Istio's `Name.SubsetOf`).
+pub fn is_host_subset(a: &str, b: &str) -> bool {
+    match (a.strip_prefix('*'), b.strip_prefix('*')) {
+        (Some(rest), Some(suffix)) => rest.len() >= suffix.len() && rest.ends_with(suffix),
+        (Some(_), None) => false,
+        (None, Some(suffix)) => a.ends_with(suffix),
+        (None, None) => a == b,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_that_have_names_in_common() {
+        for (a, b, matches, subset) in [
+            ("api.shop.io", "*.shop.io", true, true),
+            ("*.shop.io", "api.shop.io", true, false),
+            ("shop.io", "*.shop.io", false, false),
+            ("*.eu.shop.io", "*.shop.io", true, true),
+            ("*.shop.io", "*.eu.shop.io", true, false),
+            ("*", "*.io", true, false),
+            ("*shop.io", "*.shop.io", true, false),
+            ("API.shop.io", "api.shop.io", false, false),
+        ] {
+            assert_eq!((hosts_match(a, b), is_host_subset(a, b)), (matches, subset), "{a} {b}");
+        }
+    }
+}

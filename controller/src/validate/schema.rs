@@ -6,6 +6,9 @@
 
 use std::sync::LazyLock;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
 use crate::api::decode::Path;
 use crate::config::tree::{self, Node, Value};
 use crate::model::Kind;
@@ -18,8 +21,21 @@ pub const SERVICE_ENTRY_CRD: &str = include_str!("../../schema/serviceentries.ya
 /// Our CRD of WorkloadEntry.
 pub const WORKLOAD_ENTRY_CRD: &str = include_str!("../../schema/workloadentries.yaml");
 
+/// Our CRD of VirtualService.
+pub const VIRTUAL_SERVICE_CRD: &str = include_str!("../../schema/virtualservices.yaml");
+/// Our CRD of DestinationRule.
+pub const DESTINATION_RULE_CRD: &str = include_str!("../../schema/destinationrules.yaml");
+/// Our CRD of Gateway.
+pub const GATEWAY_CRD: &str = include_str!("../../schema/gateways.yaml");
+/// Our CRD of Sidecar.
+pub const SIDECAR_CRD: &str = include_str!("../../schema/sidecars.yaml");
+
 static SERVICE_ENTRY: LazyLock<Crd> = LazyLock::new(|| Crd::read(SERVICE_ENTRY_CRD));
 static WORKLOAD_ENTRY: LazyLock<Crd> = LazyLock::new(|| Crd::read(WORKLOAD_ENTRY_CRD));
+static VIRTUAL_SERVICE: LazyLock<Crd> = LazyLock::new(|| Crd::read(VIRTUAL_SERVICE_CRD));
+static DESTINATION_RULE: LazyLock<Crd> = LazyLock::new(|| Crd::read(DESTINATION_RULE_CRD));
+static GATEWAY: LazyLock<Crd> = LazyLock::new(|| Crd::read(GATEWAY_CRD));
+static SIDECAR: LazyLock<Crd> = LazyLock::new(|| Crd::read(SIDECAR_CRD));
 
 struct Crd {
     versions: Vec<String>,
@@ -41,8 +57,18 @@ struct Schema {
     max_properties: Option<usize>,
     values: Vec<String>,
     list_keys: Vec<String>,
+    format: Option<Format>,
+    /// Fields of which at most one may be present, for each `oneOf`.
+    exclusive: Vec<Vec<String>>,
     open: bool,
     rules: Vec<Rule>,
+}
+
+/// The formats that the API server checks; `double` holds for every number.
+#[derive(Clone, Copy)]
+enum Format {
+    Int32,
+    Byte,
 }
 
 struct Rule {
@@ -55,6 +81,10 @@ pub fn validate(kind: Kind, root: &Node) -> Vec<Issue> {
     let crd = match kind {
         Kind::ServiceEntry => &*SERVICE_ENTRY,
         Kind::WorkloadEntry => &*WORKLOAD_ENTRY,
+        Kind::VirtualService => &*VIRTUAL_SERVICE,
+        Kind::DestinationRule => &*DESTINATION_RULE,
+        Kind::Gateway => &*GATEWAY,
+        Kind::Sidecar => &*SIDECAR,
         Kind::Service | Kind::EndpointSlice | Kind::Pod => return Vec::new(),
     };
     let mut issues = Vec::new();
@@ -151,6 +181,12 @@ fn keywords(schema: &Schema, node: &Node, path: &Path<'_>, issues: &mut Vec<Issu
         Value::Map(fields) => {
             let count = fields.iter().filter(|field| !field.value.is_null()).count();
             limit("maxProperties", count, schema.max_properties, path, issues);
+            for names in &schema.exclusive {
+                let given = names.iter().filter(|name| node.get(name).is_some_and(|node| !node.is_null())).count();
+                if given > 1 {
+                    issues.push(error("oneOf", path, format!("only one of {} may be set", names.join(", "))));
+                }
+            }
             for name in &schema.required {
                 if node.get(name).is_none_or(Node::is_null) {
                     issues.push(error("required", path.field(name), "required value"));
@@ -180,6 +216,9 @@ fn keywords(schema: &Schema, node: &Node, path: &Path<'_>, issues: &mut Vec<Issu
                 let message = format!("{text:?} is none of {}", schema.values.join(", "));
                 issues.push(error("enum", path, message));
             }
+            if matches!(schema.format, Some(Format::Byte)) && BASE64.decode(text).is_err() {
+                issues.push(error("format", path, "must be base64"));
+            }
         }
         Value::Int(number) => {
             if schema.minimum.is_some_and(|least| *number < least) {
@@ -187,6 +226,9 @@ fn keywords(schema: &Schema, node: &Node, path: &Path<'_>, issues: &mut Vec<Issu
             }
             if schema.maximum.is_some_and(|most| *number > most) {
                 issues.push(error("maximum", path, format!("{number} is too large")));
+            }
+            if matches!(schema.format, Some(Format::Int32)) && i32::try_from(*number).is_err() {
+                issues.push(error("format", path, format!("{number} is no number of 32 bits")));
             }
         }
         Value::Null | Value::Bool(_) | Value::Float(_) => {}
@@ -285,10 +327,34 @@ impl Schema {
             max_properties: size("maxProperties"),
             values: strings("enum"),
             list_keys: strings("x-kubernetes-list-map-keys"),
+            format: match node.get("format").and_then(Node::as_str) {
+                Some("int32") => Some(Format::Int32),
+                Some("byte") => Some(Format::Byte),
+                _ => None,
+            },
+            exclusive: exclusive(node),
             open: node.get("x-kubernetes-preserve-unknown-fields").is_some(),
             rules,
         }
     }
+}
+
+fn list<'n>(node: &'n Node, name: &str) -> &'n [Node] {
+    match node.get(name).map(|node| &node.value) {
+        Some(Value::List(items)) => items,
+        _ => &[],
+    }
+}
+
+/// What protobuf's `oneof` becomes in a schema: `oneOf` none of the fields, or the first, or the second... Several of
+/// them stand under `allOf`.
+fn exclusive(node: &Node) -> Vec<Vec<String>> {
+    let names = |choices: &[Node]| -> Vec<String> {
+        choices.iter().flat_map(|choice| list(choice, "required")).filter_map(Node::as_str).map(str::to_owned).collect()
+    };
+    let mut groups: Vec<Vec<String>> = list(node, "allOf").iter().flat_map(exclusive).collect();
+    groups.extend(Some(names(list(node, "oneOf"))).filter(|names| !names.is_empty()));
+    groups
 }
 
 fn type_named(name: &str) -> Option<&'static str> {

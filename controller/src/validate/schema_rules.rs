@@ -1,5 +1,6 @@
 //! The CEL rules of our CRDs in Rust, each beside the text that it stands for.
 
+use crate::api::decode;
 use crate::config::tree::{Node, Value};
 use crate::validate::predicates;
 
@@ -14,6 +15,22 @@ pub(super) fn find(rule: &str) -> Option<Check> {
 const RULES: &[(&str, Check)] = &[
     ("self != '*'", |node| node.as_str() != Some("*")),
     ("!self.contains('*')", |node| node.as_str().is_none_or(|text| !text.contains('*'))),
+    ("!self.contains(\"*\")", |node| node.as_str().is_none_or(|text| !text.contains('*'))),
+    ("self.all(key, !key.contains(\"*\"))", |node| keys(node).all(|key| !key.contains('*'))),
+    ("self.all(key, key.size() != 0)", |node| keys(node).all(|key| !key.is_empty())),
+    ("duration(self) >= duration('1ms')", |node| {
+        let Some(text) = node.as_str() else { return true };
+        decode::go_duration(text).is_some_and(|duration| duration.as_nanos() >= 1_000_000)
+    }),
+    ("(has(self.tlsCertificates) ? 1 : 0) + (has(self.credentialNames) ? 1 : 0) <= 1", |node| {
+        !both(node, "tlsCertificates", "credentialNames")
+    }),
+    ("(has(self.credentialName) ? 1 : 0) + (has(self.credentialNames) ? 1 : 0) <= 1", |node| {
+        !both(node, "credentialName", "credentialNames")
+    }),
+    ("(has(self.credentialNames) ? 1 : 0) + (has(self.tlsCertificates) ? 1 : 0) <= 1", |node| {
+        !both(node, "credentialNames", "tlsCertificates")
+    }),
     ("0 < self && self <= 65535", |node| match node.value {
         Value::Int(number) => (1..=65535).contains(&number),
         _ => true,
@@ -69,6 +86,19 @@ const RULES: &[(&str, Check)] = &[
         },
     ),
 ];
+
+/// The keys that have a value.
+fn keys(node: &Node) -> impl Iterator<Item = &str> {
+    let fields = match &node.value {
+        Value::Map(fields) => fields.as_slice(),
+        _ => &[],
+    };
+    fields.iter().filter(|field| !field.value.is_null()).map(|field| field.key.as_str())
+}
+
+fn both(node: &Node, one: &str, other: &str) -> bool {
+    present(node, one).is_some() && present(node, other).is_some()
+}
 
 fn present<'n>(node: &'n Node, name: &str) -> Option<&'n Node> {
     node.get(name).filter(|node| !node.is_null())

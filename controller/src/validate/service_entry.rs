@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use crate::api::service_entry::{RESOLUTIONS, ServiceEntry};
 use crate::model::{self, Location, Meta, Protocol, Resolution, ServicePort};
 use crate::validate::finding::Issue;
-use crate::validate::{endpoint_labels, predicates, workload_entry};
+use crate::validate::{predicates, shared, workload_entry};
 
 /// The label that keeps an entry from getting virtual addresses.
 pub const AUTO_ALLOCATION_LABEL: &str = "networking.istio.io/enable-autoallocate-ip";
@@ -36,12 +36,12 @@ pub fn protocol(name: &str) -> Option<Protocol> {
     NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, protocol)| *protocol)
 }
 
-fn is_http(protocol: Option<Protocol>) -> bool {
+pub(super) fn is_http(protocol: Option<Protocol>) -> bool {
     use Protocol::{Grpc, GrpcWeb, Http, Http2, HttpProxy};
     matches!(protocol, Some(Http | HttpProxy | Http2 | Grpc | GrpcWeb))
 }
 
-fn is_tls(protocol: Option<Protocol>) -> bool {
+pub(super) fn is_tls(protocol: Option<Protocol>) -> bool {
     matches!(protocol, Some(Protocol::Https | Protocol::Tls))
 }
 
@@ -72,7 +72,7 @@ pub fn validate(meta: &Meta, spec: &ServiceEntry) -> Vec<Issue> {
         let message = "multiple hosts provided with non-HTTP, non-TLS ports";
         issues.push(Issue::refused("multiple-hosts", format!("spec.ports[{index}].protocol"), message));
     }
-    export_to(&meta.namespace, &spec.export_to, &mut issues);
+    shared::export_to(&meta.namespace, &spec.export_to, shared::Exporter::ServiceEntry, &mut issues);
     issues
 }
 
@@ -230,7 +230,7 @@ fn resolution_dns(spec: &ServiceEntry, issues: &mut Vec<Issue>) {
             let message = format!("endpoint address {:?} is not a valid FQDN or an IP address", entry.address);
             issues.push(Issue::refused("endpoint-address", format!("{path}.address"), message));
         }
-        endpoint_labels(&entry.labels, &format!("{path}.labels"), issues);
+        shared::labels(&entry.labels, &format!("{path}.labels"), issues);
         workload_entry::ports(entry, &path, Some(&names), issues);
     }
     let tcp = spec.ports.iter().any(|port| is_tcp_class(protocol(&port.protocol)));
@@ -280,35 +280,6 @@ fn resolution_dynamic_dns(meta: &Meta, spec: &ServiceEntry, issues: &mut Vec<Iss
             let message = "location must be MESH_EXTERNAL or MESH_INTERNAL for resolution type DYNAMIC_DNS";
             issues.push(Issue::refused("location", "spec.location", message));
         }
-    }
-}
-
-fn export_to(namespace: &str, entries: &[String], issues: &mut Vec<Issue>) {
-    let mut seen = HashSet::new();
-    for (index, entry) in entries.iter().enumerate() {
-        let field = format!("spec.exportTo[{index}]");
-        let key = if entry == "." { namespace } else { entry };
-        if seen.contains(key) {
-            let message = if key == entry {
-                format!("duplicate entries in exportTo for entry {entry}")
-            } else {
-                format!("duplicate entries in exportTo: . and current namespace {namespace}")
-            };
-            issues.push(Issue::refused("export-duplicate", field, message));
-        } else if matches!(key, "~" | "*" | ".") || predicates::is_dns_label(key) {
-            seen.insert(key);
-        } else {
-            let message = "only .,*, or a valid DNS 1123 label is allowed as exportTo entry";
-            issues.push(Issue::refused("export-entry", field, message));
-        }
-    }
-    if entries.len() > 1 && seen.contains("*") {
-        let message = "cannot have both public (*) and non-public exportTo values for a resource";
-        issues.push(Issue::refused("export-public", "spec.exportTo", message));
-    }
-    if entries.len() > 1 && seen.contains("~") {
-        let message = "cannot export service entry to no one (~) and someone";
-        issues.push(Issue::refused("export-nobody", "spec.exportTo", message));
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::api::workload_entry::WorkloadEntry;
 use crate::model;
 use crate::validate::finding::Issue;
-use crate::validate::{endpoint_labels, predicates};
+use crate::validate::{predicates, shared};
 
 /// What istiod's webhook says of the spec.
 pub fn validate(entry: &WorkloadEntry) -> Vec<Issue> {
@@ -42,7 +42,7 @@ pub(super) fn endpoint(
         issues.push(Issue::refused("endpoint-address", address, message));
     }
     ports(entry, path, services, issues);
-    endpoint_labels(&entry.labels, &format!("{path}.labels"), issues);
+    shared::labels(&entry.labels, &format!("{path}.labels"), issues);
 }
 
 /// The port map of an endpoint.
