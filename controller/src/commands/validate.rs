@@ -10,6 +10,7 @@ use portolan_controller::config::{documents, files};
 use portolan_controller::source::read::{self, Outcome};
 use portolan_controller::validate::conflict::{self, Placed};
 use portolan_controller::validate::finding::{Finding, Severity};
+use portolan_controller::validate::sarif;
 
 const LONG: &str = "\
 Reads Istio resources from files, directories (*.yaml, *.yml and *.json, in depth) or standard input (-), and says \
@@ -19,8 +20,8 @@ never hides the others.
 Three gates speak:
   webhook   istiod's admission webhook. Its errors keep a resource from being applied, here too.
   schema    the API server with the CRD's schema, as a second opinion: fields it would drop or refuse.
-  conflict  resources in each other's way: the same one twice, one port with two protocols, a TCP port that
-            swallows another.";
+  conflict  resources in each other's way: the same one twice, a host or a port that two claim, a route to nowhere,
+            a wildcard that takes too much. docs/findings.md lists them.";
 
 const EXAMPLES: &str = "\
 Findings read
@@ -31,6 +32,7 @@ Exit status: 0 clean or warnings only, 1 errors, 2 something could not be read.
 Examples:
   portolan validate mesh-config/
   kubectl get serviceentries -A -o yaml | portolan validate -
+  portolan validate --output sarif mesh-config/ > portolan.sarif
   portolan validate --output json --mesh mesh.yaml egress.yaml | jq 'select(.severity == \"error\")'";
 
 /// Check Istio resources as a cluster would, before they get there
@@ -54,12 +56,15 @@ enum Output {
     Text,
     /// One JSON object a line: file, line, kind, namespace, name, field, gate, severity, code, message
     Json,
+    /// One SARIF 2.1.0 document, for code hosts and editors
+    Sarif,
 }
 
 impl Validate {
     /// Runs it; findings go to standard output, what could not be read to standard error.
     pub fn run(self) -> ExitCode {
-        let mut report = Report { output: self.output, out: BufWriter::new(io::stdout().lock()), errors: false };
+        let out = BufWriter::new(io::stdout().lock());
+        let mut report = Report { output: self.output, out, errors: false, kept: Vec::new() };
         let mut unreadable = false;
         let mut objects = Vec::new();
         if let Some(mesh) = &self.mesh {
@@ -93,8 +98,7 @@ impl Validate {
         let (objects, duplicates) = conflict::deduplicate(objects);
         report.print(duplicates);
         report.print(conflict::between(&objects));
-        // A reader that has gone away (`| head`) wants no more; there is nobody left to tell.
-        let _ = report.out.flush();
+        report.finish();
         match (unreadable, report.errors) {
             (true, _) => ExitCode::from(2),
             (false, true) => ExitCode::from(1),
@@ -139,20 +143,35 @@ struct Report<W> {
     output: Output,
     out: W,
     errors: bool,
+    /// What a document of all findings waits for.
+    kept: Vec<Finding>,
 }
 
 impl<W: Write> Report<W> {
     fn print(&mut self, findings: Vec<Finding>) {
         for finding in findings {
             self.errors |= finding.severity == Severity::Error;
-            // See `run` on a reader that has gone away.
+            // See `finish` on a reader that has gone away.
             let _ = match self.output {
                 Output::Text => writeln!(self.out, "{finding}"),
                 Output::Json => {
                     let line = serde_json::to_string(&finding).unwrap_or_default();
                     writeln!(self.out, "{line}")
                 }
+                Output::Sarif => {
+                    self.kept.push(finding);
+                    Ok(())
+                }
             };
         }
+    }
+
+    fn finish(&mut self) {
+        // A reader that has gone away (`| head`) wants no more; there is nobody left to tell.
+        if matches!(self.output, Output::Sarif) {
+            let log = serde_json::to_string_pretty(&sarif::log(&self.kept)).unwrap_or_default();
+            let _ = writeln!(self.out, "{log}");
+        }
+        let _ = self.out.flush();
     }
 }

@@ -13,6 +13,7 @@ mod locality;
 pub mod predicates;
 mod reachability;
 mod regex;
+pub mod sarif;
 pub mod schema;
 mod schema_rules;
 pub mod service_entry;
