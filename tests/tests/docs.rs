@@ -4,7 +4,8 @@ use std::fs;
 
 use portolan_tests::repo;
 
-const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "tests/conformance/README.md"];
+const DOCUMENTS: [&str; 5] =
+    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/findings.md", "tests/conformance/README.md"];
 
 /// Words between backticks that look like a path of this repository.
 fn paths(text: &str) -> impl Iterator<Item = &str> {
