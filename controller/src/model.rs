@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portolan_registry::object::{Namespace, ObjectName};
+
 use crate::api::destination_rule::DestinationRule;
 use crate::api::gateway::Gateway;
 use crate::api::sidecar::Sidecar;
