@@ -130,6 +130,18 @@ fn fingerprint(hash: u64) -> u8 {
     hash as u8
 }
 
+/// The bit that stands for a key among those of a page's rows.
+pub(crate) fn row_bit(hash: u64) -> u64 {
+    1 << (fingerprint(hash) % 64)
+}
+
+/// The bits of a page's rows.
+pub(crate) fn row_bits(page: &[u8]) -> u64 {
+    let Some((prints, offsets)) = slots(page) else { return 0 };
+    let rows = prints.iter().flatten().take(offsets.len());
+    rows.fold(0, |bits, print| bits | row_bit(u64::from(*print)))
+}
+
 /// Writes a page. The rows are sorted by (hash, bytes) and fit [`PAGE_MAX`].
 pub(crate) fn write(rows: &[Packed]) -> Vec<u8> {
     let mut out = Vec::with_capacity(size(rows));

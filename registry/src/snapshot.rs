@@ -28,12 +28,36 @@ struct Staged {
     bytes: Vec<u8>,
 }
 
+/// An entry of the table: where a page is, and a bit for each of its rows, so that most keys that are in no page are
+/// known from the table alone. In three words, to take no more room than they need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    at: u32,
+    rows: [u32; 2],
+}
+
+impl Entry {
+    const NONE: Entry = Entry { at: NONE, rows: [0; 2] };
+    const DEEP: Entry = Entry { at: DEEP, rows: [u32::MAX; 2] };
+
+    fn new(at: u32, page: &[u8]) -> Self {
+        let bits = page::row_bits(page);
+        Entry { at, rows: [bits as u32, (bits >> 32) as u32] }
+    }
+
+    /// May the page hold a key of this hash?
+    fn may_hold(&self, hash: u64) -> bool {
+        let [low, high] = self.rows;
+        page::row_bit(hash) & (u64::from(low) | u64::from(high) << 32) != 0
+    }
+}
+
 /// Pages of one snapshot and the table over them.
 #[derive(Debug, Default)]
 struct Pages {
     blocks: Blocks,
-    /// For each value of the first `depth` bits of a hash: where in `blocks`.
-    table: Vec<u32>,
+    /// For each value of the first `depth` bits of a hash.
+    table: Vec<Entry>,
     depth: u32,
     /// Pages deeper than the table, by the first place they cover: where in `blocks`.
     deep: BTreeMap<u32, (u32, u32)>,
@@ -59,20 +83,21 @@ impl Pages {
     }
 
     /// The entry of the table above a deep page.
-    fn above(&mut self, start: u32) -> Option<&mut u32> {
+    fn above(&mut self, start: u32) -> Option<&mut Entry> {
         self.table.get_mut((start >> (MAX_DEPTH - self.depth)) as usize)
     }
 
     fn deepen(&mut self) {
-        let halves = |at: &u32| if *at == DEEP { [NONE; 2] } else { [*at; 2] };
+        let halves = |entry: &Entry| if *entry == Entry::DEEP { [Entry::NONE; 2] } else { [*entry; 2] };
         self.table = self.table.iter().flat_map(halves).collect();
         self.depth += 1;
         let depth = self.depth;
         let deep = std::mem::take(&mut self.deep);
         for (start, (id, at)) in deep {
             let fits = id.ilog2() == depth;
-            if let Some(entry) = self.above(start) {
-                *entry = if fits { at } else { DEEP };
+            let entry = if fits { Entry::new(at, self.blocks.page(at).unwrap_or_default()) } else { Entry::DEEP };
+            if let Some(place) = self.above(start) {
+                *place = entry;
             }
             if !fits {
                 self.deep.insert(start, (id, at));
@@ -87,7 +112,7 @@ impl Pages {
         let (start, width) = places(id);
         let range = self.range(id);
         let at = match &range {
-            Some(range) => *self.table.get(range.start)?,
+            Some(range) => self.table.get(range.start)?.at,
             None => self.deep.get(&start).filter(|(deep, _)| *deep == id)?.1,
         };
         if self.blocks.id(at)? != id {
@@ -96,13 +121,13 @@ impl Pages {
         let bytes = self.blocks.page(at)?.to_vec();
         self.blocks.free(at);
         if let Some(range) = range {
-            self.table.get_mut(range)?.fill(NONE);
+            self.table.get_mut(range)?.fill(Entry::NONE);
         } else {
             self.deep.remove(&start);
             let shift = MAX_DEPTH - self.depth;
             let first = start >> shift << shift;
             if self.deep.range(first..first + (1 << shift)).next().is_none() {
-                *self.above(start)? = NONE;
+                *self.above(start)? = Entry::NONE;
             }
         }
         let digest = page::stated(&bytes);
@@ -116,26 +141,26 @@ impl Pages {
         let id = staged.id;
         let overlap = FormatError::Cover { id };
         if self.table.is_empty() {
-            self.table = vec![NONE];
+            self.table = vec![Entry::NONE];
         }
         let (start, width) = places(id);
         match self.range(id) {
             Some(range) => {
                 let entries = self.table.get_mut(range).ok_or(overlap.clone())?;
-                if entries.iter().any(|e| *e != NONE) {
+                if entries.iter().any(|e| e.at != NONE) {
                     return Err(overlap);
                 }
-                entries.fill(self.blocks.put(id, &staged.bytes));
+                entries.fill(Entry::new(self.blocks.put(id, &staged.bytes), &staged.bytes));
             }
             None => {
                 let before = self.deep.range(..=start).next_back().map(|(at, (id, _))| at + places(*id).1);
                 let after = self.deep.range(start..).next().map(|(at, _)| *at);
                 let entry = self.above(start).ok_or(overlap.clone())?;
-                if *entry < DEEP || before.is_some_and(|end| end > start) || after.is_some_and(|at| at < start + width)
+                if entry.at < DEEP || before.is_some_and(|end| end > start) || after.is_some_and(|at| at < start + width)
                 {
                     return Err(overlap);
                 }
-                *entry = DEEP;
+                *entry = Entry::DEEP;
                 let at = self.blocks.put(id, &staged.bytes);
                 self.deep.insert(start, (id, at));
                 if self.deep.len() > self.table.len() / SHARE {
@@ -149,9 +174,13 @@ impl Pages {
         Ok(())
     }
 
+    /// The page that holds a key of this hash, if any does.
     fn page(&self, hash: u64) -> Option<&[u8]> {
-        let entry = hash.checked_shr(64 - self.depth).unwrap_or(0) as usize;
-        match *self.table.get(entry)? {
+        let entry = self.table.get(hash.checked_shr(64 - self.depth).unwrap_or(0) as usize)?;
+        if !entry.may_hold(hash) {
+            return None;
+        }
+        match entry.at {
             DEEP => {
                 let start = (hash >> (64 - MAX_DEPTH)) as u32;
                 let (_, (_, at)) = self.deep.range(..=start).next_back()?;
@@ -164,7 +193,7 @@ impl Pages {
     /// Where each page is.
     fn places(&self) -> impl Iterator<Item = u32> {
         let mut last = NONE;
-        let shallow = self.table.iter().copied().filter(move |at| {
+        let shallow = self.table.iter().map(|entry| entry.at).filter(move |at| {
             let new = *at != last && *at < DEEP;
             last = *at;
             new
@@ -174,7 +203,7 @@ impl Pages {
 
     fn complete(&self, expected: u64) -> Result<(), FormatError> {
         if self.covered != 1 << MAX_DEPTH {
-            let at = self.table.iter().position(|e| *e == NONE).unwrap_or(0);
+            let at = self.table.iter().position(|e| e.at == NONE).unwrap_or(0);
             return Err(FormatError::Cover { id: (1 << self.depth) + at as u32 });
         }
         if self.digest != expected {
@@ -315,7 +344,7 @@ impl Snapshot {
 
     /// Bytes that the pages in effect take, and the table over them.
     pub fn bytes(&self) -> usize {
-        self.live.blocks.used() + self.live.table.len() * 4 + self.live.deep.len() * 16
+        self.live.blocks.used() + self.live.table.len() * size_of::<Entry>() + self.live.deep.len() * 16
     }
 
     pub(crate) fn summary(&self) -> &Summary {
