@@ -9,6 +9,7 @@
 //! | `ips` | list of addresses of the workload | node metadata `INSTANCE_IPS` |
 //! | `locality` | `region/zone/subzone` | the node's locality |
 //! | `no_snapshot` | `closed`: refuse until there is a snapshot; `open`: let pass | `closed` |
+//! | `report_decisions` | whether to say why each request or connection was decided as it was, for an access log | false |
 //! | `subscriber` | name in the controller's log | node id and root context |
 
 use std::collections::BTreeMap;
@@ -73,6 +74,8 @@ pub struct Config {
     pub locality: Option<String>,
     /// What to do before there is a snapshot.
     pub no_snapshot: NoSnapshot,
+    /// Whether to set [`DECISION`](crate::host::DECISION).
+    pub report_decisions: bool,
     /// Name in the controller's log.
     pub subscriber: Option<String>,
 }
@@ -107,6 +110,7 @@ impl Config {
             ips: ips(&mut fields)?,
             locality: text(&mut fields, "locality")?,
             no_snapshot: no_snapshot.unwrap_or_default(),
+            report_decisions: flag(&mut fields, "report_decisions")?,
             subscriber: text(&mut fields, "subscriber")?,
         };
         match fields.keys().next() {
@@ -151,6 +155,14 @@ fn text(fields: &mut Map<String, Value>, field: &str) -> Result<Option<String>, 
         None => Ok(None),
         Some(Value::String(text)) if !text.is_empty() => Ok(Some(text)),
         Some(_) => Err(value_error(field, "a string that is not empty")),
+    }
+}
+
+fn flag(fields: &mut Map<String, Value>, field: &str) -> Result<bool, ConfigError> {
+    match fields.remove(field) {
+        None => Ok(false),
+        Some(Value::Bool(value)) => Ok(value),
+        Some(_) => Err(value_error(field, "true or false")),
     }
 }
 
@@ -240,7 +252,7 @@ mod tests {
     fn every_field_is_read() {
         let json =
             br#"{"controller":"c","namespace":"n","labels":{"app":"a"},"role":"gateway","ips":["10.0.0.1","::1"],
-            "locality":"r/z","no_snapshot":"open","subscriber":"s"}"#;
+            "locality":"r/z","no_snapshot":"open","report_decisions":true,"subscriber":"s"}"#;
         let config = Config::parse(json).unwrap();
         let scope = config.scope(&Fake::default()).unwrap();
         let expected = Scope {
@@ -252,6 +264,7 @@ mod tests {
         };
         assert_eq!(scope, expected);
         assert_eq!((config.controller.as_str(), config.no_snapshot), ("c", NoSnapshot::Open));
+        assert!(config.report_decisions && !Config::parse(b"").unwrap().report_decisions);
         assert_eq!(config.subscriber(&Fake::default(), 1), "s");
     }
 
@@ -268,6 +281,7 @@ mod tests {
             (r#"{"ips":["10.0.0.1","x"]}"#, "field `ips[1]`: expected an IP address"),
             (r#"{"ips":"10.0.0.1"}"#, "field `ips`: expected a list of IP addresses"),
             (r#"{"locality":null}"#, "field `locality`: expected a string that is not empty"),
+            (r#"{"report_decisions":1}"#, "field `report_decisions`: expected true or false"),
             (r#"{"no_snapshot":true}"#, "field `no_snapshot`: expected `closed` or `open`"),
         ];
         for (json, expected) in cases {

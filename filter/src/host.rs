@@ -85,6 +85,8 @@ pub trait Host {
     fn set_context(&self, context: u32) -> Result;
     /// The value at a path, its parts joined by NUL. A failure means that there is none.
     fn property(&self, path: &str) -> Option<Vec<u8>>;
+    /// Sets a property of the stream; Envoy keeps it as the filter state `wasm.NAME`.
+    fn set_property(&self, name: &str, value: &[u8]) -> Result;
     /// The configuration of the plugin that is being configured.
     fn plugin_configuration(&self) -> Result<Vec<u8>>;
 
@@ -119,6 +121,10 @@ pub trait Host {
     /// Sets a gauge.
     fn record_metric(&self, id: u32, value: u64) -> Result;
 }
+
+/// The property that says why a request or connection was decided as it was: the rule, the entry that won, and those
+/// that lost. An access log of Envoy's shows it as `%FILTER_STATE(wasm.portolan.decision:PLAIN)%`.
+pub const DECISION: &str = "portolan.decision";
 
 /// Where the connection goes: its original destination if it was captured, the local address otherwise.
 pub fn destination(host: &impl Host) -> Option<SocketAddr> {

@@ -72,6 +72,9 @@ impl<H: Host> Vm<H> {
     pub fn on_request_headers(&mut self) -> Action {
         let Err(refusal) = self.route_request() else { return Action::Continue };
         self.decided(Kind::Http, Outcome::Deny, refusal.cause);
+        if !matches!(refusal.cause, Cause::Rule(_)) {
+            vm::report(&self.host, self.report, &refusal.cause.as_str());
+        }
         self.log(Level::Info, || format!("{} ({})", refusal.body, refusal.status));
         let body = format!("{}\n", refusal.body);
         if self.host.local_response(refusal.status, &refusal.details(), &body).is_err() {
@@ -84,13 +87,14 @@ impl<H: Host> Vm<H> {
     fn route_request(&mut self) -> Result<(), Refusal> {
         let headers = self.host.request_headers()?;
         let head = read_head(&self.host, &headers)?;
-        let Vm { host, subscription, metrics, log_level, room, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, report, room, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.route_without_snapshot();
         };
         let listener = listener(host)?;
         let decision = snapshot.request(&Request { listener, authority: head.authority, connect: head.connect });
         let rule = decision.reason.rule;
+        vm::report(host, *report, &decision.reason);
         match decision.verdict {
             Verdict::Route { cluster } => {
                 set_cluster(host, cluster.bytes(room))?;
@@ -121,6 +125,7 @@ impl<H: Host> Vm<H> {
             NoSnapshot::Open => {
                 set_cluster(&self.host, PASSTHROUGH_CLUSTER.as_bytes())?;
                 self.decided(Kind::Http, Outcome::Route, Cause::NoSnapshot);
+                vm::report(&self.host, self.report, &Cause::NoSnapshot.as_str());
                 Ok(())
             }
         }

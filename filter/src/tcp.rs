@@ -32,6 +32,9 @@ impl<H: Host> Vm<H> {
     pub fn on_new_connection(&mut self) -> Action {
         let Err(Refusal { cause, reason }) = self.route_connection() else { return Action::Continue };
         self.decided(Kind::Tcp, Outcome::Deny, cause);
+        if !matches!(cause, Cause::Rule(_)) {
+            vm::report(&self.host, self.report, &cause.as_str());
+        }
         self.log(Level::Info, || format!("portolan: connection closed: {reason}"));
         // If this fails, the connection is at least not let on.
         let _ = self.host.close_downstream();
@@ -39,7 +42,7 @@ impl<H: Host> Vm<H> {
     }
 
     fn route_connection(&mut self) -> Result<(), Refusal> {
-        let Vm { host, subscription, metrics, log_level, room, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, report, room, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.connect_without_snapshot();
         };
@@ -49,6 +52,7 @@ impl<H: Host> Vm<H> {
         };
         let sni = host.property("connection\0requested_server_name").filter(|name| !name.is_empty());
         let decision = snapshot.connection(&Connection { destination, sni: sni.as_deref() });
+        vm::report(host, *report, &decision.reason);
         let name = || printable(sni.as_deref().unwrap_or(b"-"));
         match decision.verdict {
             Verdict::Route { cluster } => {
@@ -75,6 +79,7 @@ impl<H: Host> Vm<H> {
             NoSnapshot::Open => {
                 set_cluster(&self.host, PASSTHROUGH_CLUSTER.as_bytes())?;
                 self.decided(Kind::Tcp, Outcome::Route, Cause::NoSnapshot);
+                vm::report(&self.host, self.report, &Cause::NoSnapshot.as_str());
                 Ok(())
             }
         }

@@ -1,9 +1,10 @@
 //! What one VM holds. All plugins of a VM share one snapshot and one registry stream.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::config::NoSnapshot;
-use crate::host::{Host, Level};
+use crate::host::{DECISION, Host, Level};
 use crate::metrics::{Cause, Kind, Metrics, Outcome};
 use crate::root::{Root, Stream};
 use crate::subscription::Subscription;
@@ -20,6 +21,8 @@ pub struct Vm<H> {
     /// The root on whose behalf the stream and the ticks are.
     pub(crate) stream: Option<Stream>,
     pub(crate) metrics: Metrics,
+    /// Whether some root wants decisions reported.
+    pub(crate) report: bool,
     /// The least level that the host writes.
     pub(crate) log_level: u32,
     /// Room to write a cluster's name in, kept for the next one.
@@ -35,6 +38,7 @@ impl<H: Host> Vm<H> {
             subscription: None,
             stream: None,
             metrics: Metrics::default(),
+            report: false,
             log_level: Level::Info as u32,
             room: Vec::new(),
         }
@@ -57,6 +61,14 @@ impl<H: Host> Vm<H> {
 
     pub(crate) fn decided(&mut self, kind: Kind, outcome: Outcome, cause: Cause) {
         self.metrics.decided(&self.host, kind, outcome, cause);
+    }
+}
+
+/// Says why a request or connection was decided as it was, if anybody wants to know.
+pub(crate) fn report(host: &impl Host, wanted: bool, decision: &impl fmt::Display) {
+    if wanted {
+        // Without a line in a log the decision is the same.
+        let _ = host.set_property(DECISION, decision.to_string().as_bytes());
     }
 }
 

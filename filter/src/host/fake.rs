@@ -33,6 +33,8 @@ pub enum Call {
     Send(u32, Vec<u8>),
     /// A stream reset.
     Cancel(u32),
+    /// A property of the stream set.
+    Property(String, Vec<u8>),
     /// A metric defined.
     DefineMetric(String),
 }
@@ -58,12 +60,13 @@ pub struct Fake {
 
 impl Fake {
     /// Names of the calls that can fail.
-    pub const FALLIBLE: [&'static str; 20] = [
+    pub const FALLIBLE: [&'static str; 21] = [
         "log_level",
         "now",
         "set_tick",
         "set_context",
         "property",
+        "set_property",
         "plugin_configuration",
         "request_headers",
         "replace_request_header",
@@ -169,6 +172,10 @@ impl Host for Fake {
     fn property(&self, path: &str) -> Option<Vec<u8>> {
         self.may("property").ok()?;
         self.properties.borrow().get(path).cloned()
+    }
+
+    fn set_property(&self, name: &str, value: &[u8]) -> Result {
+        self.did("set_property", Call::Property(name.to_owned(), value.to_vec()))
     }
 
     fn plugin_configuration(&self) -> Result<Vec<u8>> {

@@ -24,6 +24,7 @@ unsafe extern "C" {
     fn proxy_get_current_time_nanoseconds(time: *mut u64) -> u32;
     safe fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
     safe fn proxy_set_effective_context(context: u32) -> u32;
+    fn proxy_set_property(name: *const u8, name_size: usize, value: *const u8, size: usize) -> u32;
     fn proxy_get_property(path: *const u8, path_size: usize, value: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_get_buffer_bytes(buffer: u32, start: usize, max: usize, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
@@ -121,6 +122,10 @@ impl Host for Abi {
 
     fn property(&self, path: &str) -> Option<Vec<u8>> {
         received(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) }).ok()
+    }
+
+    fn set_property(&self, name: &str, value: &[u8]) -> Result {
+        check(unsafe { proxy_set_property(name.as_ptr(), name.len(), value.as_ptr(), value.len()) })
     }
 
     fn plugin_configuration(&self) -> Result<Vec<u8>> {
