@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::io::DuplexStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
@@ -14,12 +16,16 @@ use crate::compile::Conflict;
 use crate::model::{Change, Kind, MeshConfig};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
+use crate::source::ledger::{Difference, Ledger, Status};
 use crate::source::read::kind_name;
 use crate::source::yaml::{Batch, ReadError, YamlSource};
-use crate::validate::finding::{Finding, Severity};
+use crate::validate::finding::Severity;
 
 /// Bytes that a pipe holds in each direction before its writer waits.
 const PIPE: usize = 256 * 1024;
+
+/// How long after a change findings are reviewed; what changes meanwhile is reviewed with it.
+const QUIET: Duration = Duration::from_millis(200);
 
 /// Why a controller did not start or does not answer.
 #[derive(Debug, Error)]
@@ -52,6 +58,8 @@ pub struct Controller {
     pipes: mpsc::UnboundedSender<std::io::Result<DuplexStream>>,
     /// The task that follows the source.
     source: Option<Arc<Follower>>,
+    status: Arc<Status>,
+    reload: Arc<Notify>,
     proxy_http_port: Option<u16>,
 }
 
@@ -72,19 +80,18 @@ impl Controller {
     /// # Errors
     /// A path that cannot be read, settings of the mesh that are wrong, or no thread to compile on.
     pub async fn start(config: &ControllerConfig) -> Result<Self, ControllerError> {
-        let (mut source, loaded) = YamlSource::load(&config.paths, config.mesh.as_deref())?;
-        log(&loaded.findings);
+        let (source, loaded) = YamlSource::load(&config.paths, config.mesh.as_deref())?;
         tell_unserved(&loaded.changes);
         let mut controller = Self::empty(loaded.mesh)?;
+        let mut ledger = Ledger::default();
+        log(&ledger.replace(loaded.findings));
+        controller.status.loaded(&ledger, source.objects());
         controller.apply(loaded.changes).await?;
-        let publisher = controller.publisher.clone();
+        let (publisher, status) = (controller.publisher.clone(), controller.status.clone());
+        let reload = controller.reload.clone();
         let follow = tokio::spawn(async move {
-            loop {
-                let batch = source.next().await;
-                log(&batch.findings);
-                if take(&publisher, batch).await.is_err() {
-                    return;
-                }
+            if let Err(error) = follow(source, ledger, publisher, &status, &reload).await {
+                tracing::error!(%error, "files are not followed any more");
             }
         });
         controller.source = Some(Arc::new(Follower(follow)));
@@ -108,7 +115,8 @@ impl Controller {
                 tracing::error!(%error, "the services in memory have ended");
             }
         });
-        Ok(Controller { publisher, counters, pipes, source: None, proxy_http_port })
+        let (status, reload) = Default::default();
+        Ok(Controller { publisher, counters, pipes, source: None, status, reload, proxy_http_port })
     }
 
     /// Takes in one batch of changes; returns when it is published, with the conflicts that it met.
@@ -137,6 +145,16 @@ impl Controller {
     /// What compiles and publishes.
     pub fn publisher(&self) -> &Publisher {
         &self.publisher
+    }
+
+    /// Reads all files again, whether they seem to have changed or not.
+    pub fn reload(&self) {
+        self.reload.notify_one();
+    }
+
+    /// The state of the files, for metrics.
+    pub fn status(&self) -> &Arc<Status> {
+        &self.status
     }
 
     /// What was served.
@@ -168,13 +186,60 @@ fn tell_unserved(changes: &[Change]) {
     }
 }
 
-fn log(findings: &[Finding]) {
-    for f in findings {
+/// Takes in what changes; then, when files have been quiet for a moment, says what is wrong now that was not before, and
+/// what is not wrong any more.
+async fn follow(
+    mut source: YamlSource,
+    mut ledger: Ledger,
+    publisher: Publisher,
+    status: &Status,
+    reload: &Notify,
+) -> Result<(), ControllerError> {
+    let mut review = None;
+    loop {
+        let batch = tokio::select! {
+            batch = source.next() => batch,
+            () = reload.notified() => {
+                tracing::info!("reading all files again");
+                source.reload()
+            }
+            () = async { tokio::time::sleep_until(review.unwrap_or_else(Instant::now)).await }, if review.is_some() => {
+                review = None;
+                let found;
+                // All resources are compared with each other, which may take a while.
+                (source, found) = tokio::task::spawn_blocking(move || {
+                    let found = source.findings();
+                    (source, found)
+                })
+                .await
+                .map_err(|_| Ended)?;
+                log(&ledger.replace(found));
+                status.loaded(&ledger, source.objects());
+                continue;
+            }
+        };
+        let errors = batch.findings.iter().filter(|finding| finding.severity == Severity::Error).count();
+        let changes = batch.changes.len();
+        take(&publisher, batch).await?;
+        status.reloaded(errors == 0);
+        tracing::info!(changes, errors, "files read again");
+        review.get_or_insert_with(|| Instant::now() + QUIET);
+    }
+}
+
+fn log(difference: &Difference) {
+    for f in &difference.new {
         let place = format!("{}:{}", f.file, f.line);
         let (object, field) = (format!("{} {}/{}", f.kind, f.namespace, f.name), &f.field);
         match f.severity {
-            Severity::Error => tracing::error!(place, object, field, code = %f.code, "{}", f.message),
+            Severity::Error => {
+                tracing::error!(place, object, field, code = %f.code, "{}; the last good version stays", f.message);
+            }
             Severity::Warning => tracing::warn!(place, object, field, code = %f.code, "{}", f.message),
         }
+    }
+    for f in &difference.gone {
+        let (place, object) = (f.file.as_ref(), format!("{} {}/{}", f.kind, f.namespace, f.name));
+        tracing::info!(place, object, field = f.field, code = %f.code, "no longer: {}", f.message);
     }
 }

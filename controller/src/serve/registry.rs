@@ -3,12 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use portolan_proto::v1::{self, Page, WatchRequest, WatchResponse, registry_server::Registry, watch_request};
 use portolan_registry::page::FORMAT;
 use portolan_registry::write::PageId;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -18,6 +20,9 @@ use crate::publish::{Published, Publisher};
 
 /// Bytes of pages in one message, so that no subscriber has much to do at a time.
 const PART: usize = 128 * 1024;
+
+/// How long a subscriber may take to answer an update before its stream is ended, so that it starts anew.
+const ANSWER: Duration = Duration::from_secs(30);
 
 pub(super) struct Service {
     publisher: Publisher,
@@ -79,6 +84,8 @@ struct Subscriber {
     held: Held,
     /// The update that it has not answered, and what it will hold then.
     sent: Option<(u64, Held)>,
+    /// Until when it has to.
+    deadline: Instant,
     /// Pages of refused updates, of which nobody knows whether it kept them. While there are any, the next update is whole.
     doubtful: Option<BTreeSet<PageId>>,
     /// The last version that was sent or needed no sending.
@@ -103,8 +110,14 @@ async fn serve(
     let scope = super::scope(subscribe.scope.unwrap_or_default());
     let ended = |_| Status::unavailable("the compiler has ended");
     let mut published = publisher.subscribe(scope).await.map_err(ended)?;
-    let mut subscriber =
-        Subscriber { name: subscribe.subscriber, held, sent: None, doubtful: None, version: subscribe.version };
+    let mut subscriber = Subscriber {
+        name: subscribe.subscriber,
+        held,
+        sent: None,
+        deadline: Instant::now(),
+        doubtful: None,
+        version: subscribe.version,
+    };
     let current = published.borrow_and_update().clone();
     let pages = subscriber.held.ids().len();
     tracing::info!(subscriber = subscriber.name, held = pages, version = subscribe.version, "subscribed");
@@ -116,6 +129,11 @@ async fn serve(
                 Some(message) => answered(&mut subscriber, message?, &counters),
             },
             changed = wait(&mut published, subscriber.sent.is_none()) => changed?,
+            () = sleep_until(subscriber.deadline), if subscriber.sent.is_some() => {
+                let (subscriber, version) = (&subscriber.name, subscriber.version);
+                tracing::warn!(subscriber, version, "the update was not answered in time; the stream is ended");
+                return Err(Status::deadline_exceeded(format!("update {version} was not answered in {ANSWER:?}")));
+            }
         }
         if subscriber.sent.is_none() {
             let current = published.borrow_and_update().clone();
@@ -202,8 +220,12 @@ async fn send(
     tracing::info!(subscriber = subscriber.name, version, pages, bytes, parts = parts.len(), whole, "update sent");
     subscriber.sent = Some((version, Held::Published(current.clone())));
     for part in parts {
-        responses.send(Ok(part)).await.map_err(|_| Status::cancelled("the subscriber has gone"))?;
+        // One that reads nothing would block this as well.
+        let sent = timeout(ANSWER, responses.send(Ok(part))).await;
+        let sent = sent.map_err(|_| Status::deadline_exceeded("the subscriber does not read"))?;
+        sent.map_err(|_| Status::cancelled("the subscriber has gone"))?;
     }
+    subscriber.deadline = Instant::now() + ANSWER;
     Ok(())
 }
 

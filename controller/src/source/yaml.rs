@@ -23,6 +23,10 @@ use crate::validate::finding::{Finding, Severity};
 const EMPTY: Duration = Duration::from_millis(250);
 /// How many documents of a file may change for it to be changed in place.
 const IN_PLACE: usize = 64;
+/// Stands for all documents with errors, which have no hash to be known by.
+const REFUSED: u64 = 0;
+/// Stands for what is between the documents of one file.
+const BETWEEN: u64 = 1;
 /// When to look for a directory again that is gone.
 const GONE: Duration = Duration::from_millis(500);
 
@@ -82,6 +86,10 @@ pub struct YamlSource {
     mesh_file: Option<(PathBuf, Arc<str>)>,
     /// What the mesh file last said.
     explicit_mesh: Option<MeshConfig>,
+    /// What there is to say of the mesh file.
+    mesh_findings: Vec<Finding>,
+    /// Files that cannot be read.
+    unreadable: BTreeMap<PathBuf, Finding>,
     files: BTreeMap<PathBuf, File>,
     mesh: MeshConfig,
     watcher: Watcher,
@@ -116,6 +124,9 @@ struct File {
     stamp: Option<Stamp>,
     /// Outcomes of documents that were read without error, by the hash of their text, with the line they began on.
     documents: HashMap<u64, (u32, Vec<Outcome>)>,
+    /// What there is to say of them, where there is anything, by the same hash; other
+    /// findings by [`REFUSED`] and [`BETWEEN`].
+    findings: HashMap<u64, Vec<Finding>>,
     /// The hashes of all documents in their order, where each holds resources in force and no two the same one; then
     /// a change can be made in place.
     order: Option<Vec<u64>>,
@@ -143,6 +154,8 @@ impl YamlSource {
             roots,
             mesh_file,
             explicit_mesh: None,
+            mesh_findings: Vec::new(),
+            unreadable: BTreeMap::new(),
             files: BTreeMap::new(),
             mesh: MeshConfig::default(),
             watcher: Watcher::new()?,
@@ -159,6 +172,7 @@ impl YamlSource {
             let (mesh, found) = read::mesh(&text, name);
             let Some(mesh) = mesh else { return Err(ReadError::Mesh { findings: found }) };
             source.explicit_mesh = Some(mesh);
+            source.mesh_findings.clone_from(&found);
             findings.extend(found);
         }
         let listing = source.list().map_err(|(path, source)| ReadError::Path { path, source })?;
@@ -177,7 +191,7 @@ impl YamlSource {
                 Err(error) if source.roots.iter().any(|root| root.absolute == path) => {
                     return Err(ReadError::Path { path, source: error });
                 }
-                Err(error) => findings.push(unreadable(&name, &error)),
+                Err(error) => findings.push(source.cannot_read(&path, &name, &error)),
             }
         }
         source.mesh = source.effective_mesh();
@@ -229,10 +243,36 @@ impl YamlSource {
             self.mesh = mesh.clone();
             batch.mesh = Some(mesh);
         }
-        for finding in batch.findings.iter().filter(|finding| finding.severity == Severity::Error) {
-            tracing::warn!(%finding, "configuration refused, the last good version stays");
-        }
         batch
+    }
+
+    /// Reads every file again, whether it seems to have changed or not.
+    pub fn reload(&mut self) -> Batch {
+        self.files.values_mut().for_each(|file| file.stamp = None);
+        self.apply(Due { paths: Vec::new(), rescan: true })
+    }
+
+    /// Everything there is to say about the resources as they are now, conflicts between them included.
+    pub fn findings(&self) -> Vec<Finding> {
+        let of_files = self.files.values().flat_map(|file| file.findings.values().flatten());
+        let mut findings: Vec<Finding> =
+            of_files.chain(&self.mesh_findings).chain(self.unreadable.values()).cloned().collect();
+        let all: Vec<Placed> = self.files.values().flat_map(File::in_order).cloned().collect();
+        let (objects, duplicates) = conflict::deduplicate(all);
+        findings.extend(duplicates);
+        findings.extend(conflict::between(&objects));
+        findings
+    }
+
+    /// How many resources are in force, those that stand in several files counted once for each.
+    pub fn objects(&self) -> usize {
+        self.files.values().map(|file| file.objects.len()).sum()
+    }
+
+    fn cannot_read(&mut self, path: &Path, name: &Arc<str>, error: &io::Error) -> Finding {
+        let finding = unreadable(name, error);
+        self.unreadable.insert(path.to_owned(), finding.clone());
+        finding
     }
 
     fn effective_mesh(&self) -> MeshConfig {
@@ -300,11 +340,16 @@ impl YamlSource {
             Ok(text) => {
                 let (mesh, findings) = read::mesh(&text, name);
                 if mesh.is_none() || mesh != self.explicit_mesh {
-                    batch.findings.extend(findings);
+                    batch.findings.extend(findings.iter().cloned());
                 }
+                self.unreadable.remove(path);
+                self.mesh_findings = findings;
                 self.explicit_mesh = mesh.or(self.explicit_mesh.take());
             }
-            Err(error) => batch.findings.push(unreadable(name, &error)),
+            Err(error) => {
+                let (path, name) = (path.clone(), name.clone());
+                batch.findings.push(self.cannot_read(&path, &name, &error));
+            }
         }
     }
 
@@ -314,8 +359,9 @@ impl YamlSource {
         let text = match std::fs::read(path).and_then(utf8) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.replace(path, None, batch),
-            Err(error) => return batch.findings.push(unreadable(name, &error)),
+            Err(error) => return batch.findings.push(self.cannot_read(path, name, &error)),
         };
+        self.unreadable.remove(path);
         let known = self.files.get_mut(path);
         if let Some(file) = known.filter(|file| text.is_empty() && !file.objects.is_empty() && !file.emptied) {
             file.emptied = true;
@@ -342,6 +388,9 @@ impl YamlSource {
             (old, new) => old.is_none() && new.is_none(),
         };
         let touched: BTreeSet<ObjectKey> = old.keys().chain(new.keys()).filter(|key| !same(key)).cloned().collect();
+        if file.is_none() {
+            self.unreadable.remove(path);
+        }
         self.change(touched, batch, |files| {
             match file {
                 Some(file) => files.insert(path.to_owned(), file),
@@ -379,12 +428,15 @@ impl YamlSource {
             .collect();
         let mut findings = Vec::new();
         let mut added: BTreeMap<ObjectKey, Placed> = BTreeMap::new();
-        let mut fresh = Vec::new();
+        let (mut fresh, mut noted) = (Vec::new(), Vec::new());
         for index in come {
             if file.documents.contains_key(&new[index]) {
                 return None;
             }
             let (outcomes, found) = read::document(&documents[index], name);
+            if !found.is_empty() {
+                noted.push((new[index], found.clone()));
+            }
             findings.extend(found);
             for outcome in &outcomes {
                 let Outcome::Object(object, line) = outcome else { return None };
@@ -405,7 +457,11 @@ impl YamlSource {
         let touched = removed.iter().chain(added.keys()).cloned().collect();
         self.change(touched, batch, |files| {
             let Some(file) = files.get_mut(path) else { return };
-            forgotten.iter().for_each(|hash| drop(file.documents.remove(hash)));
+            for hash in &forgotten {
+                file.documents.remove(hash);
+                file.findings.remove(hash);
+            }
+            file.findings.extend(noted);
             removed.iter().for_each(|key| drop(file.objects.remove(key)));
             file.documents.extend(fresh);
             file.objects.extend(added);
@@ -463,24 +519,31 @@ impl File {
         for document in documents::split(text) {
             let hash = hash(document.text);
             let known = self.documents.get(&hash);
+            let mut said: Vec<Finding> = Vec::new();
             let (first, outcomes) = match known {
                 Some((first, outcomes)) => (*first, outcomes.clone()),
                 None => {
                     let (outcomes, found) = read::document(&document, name);
+                    said.clone_from(&found);
                     findings.extend(found);
                     (document.line, outcomes)
                 }
             };
+            if known.is_some() {
+                said.extend(self.findings.get(&hash).into_iter().flatten().cloned());
+            }
             let mut good = true;
             for outcome in &outcomes {
                 match outcome {
                     Outcome::Object(object, line) => {
                         let line = document.line.saturating_add(line.saturating_sub(first));
                         let placed = Placed { object: object.clone(), file: Arc::clone(name), line };
-                        if let Some(earlier) = file.objects.get(&object.key())
-                            && known.is_none()
-                        {
-                            findings.push(conflict::duplicate(earlier, &placed));
+                        if let Some(earlier) = file.objects.get(&object.key()) {
+                            let duplicate = conflict::duplicate(earlier, &placed);
+                            if known.is_none() {
+                                findings.push(duplicate.clone());
+                            }
+                            file.findings.entry(BETWEEN).or_default().push(duplicate);
                         }
                         file.objects.insert(object.key(), placed);
                     }
@@ -499,7 +562,11 @@ impl File {
                 plain += outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Object(..))).count();
                 order.push(hash);
                 file.documents.insert(hash, (first, outcomes));
+                if !said.is_empty() {
+                    file.findings.insert(hash, said);
+                }
             } else {
+                file.findings.entry(REFUSED).or_default().extend(said);
                 plain = usize::MAX / 2;
             }
         }
