@@ -3,6 +3,7 @@
 //! | thread | does |
 //! |---|---|
 //! | main | waits for signals |
+//! | `admin` | answers on the admin port |
 //! | `control` | controller (embedded or remote), discovery, DNS of clusters |
 //! | `worker-N` | accepts, asks the filter, carries traffic; owns all that it touches |
 //! | `access-log` | writes lines |
@@ -12,28 +13,30 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     rc::Rc,
+    sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use socket2::Socket;
 use tokio::{
     runtime::{Builder, Runtime},
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task::LocalSet,
 };
 use tonic::transport::Channel;
 
 use crate::{
-    access_log::AccessLog,
-    ads,
+    access_log::{AccessLog, WorkerLog},
+    admin, ads,
     config::{Config, Identity, Role, Source},
     control, exec,
     filter::{Filter, HTTP_ROOT, TCP_ROOT},
     filter_env::Calls,
+    inherited::{Inherited, InheritedError},
     listener::{self, Kind},
+    stats::Stats,
     vm::{self, EngineError, PluginConfig, PluginKind, StartError, VmConfig},
     worker::Worker,
 };
@@ -78,6 +81,9 @@ pub enum AppError {
     /// No threads, no runtime, no signals.
     #[error("{0}")]
     System(#[from] io::Error),
+    /// A socket that systemd passed cannot be used.
+    #[error(transparent)]
+    Inherited(#[from] InheritedError),
     /// A thread ended before it should.
     #[error("thread {0} ended; its log says why")]
     Thread(String),
@@ -88,7 +94,7 @@ impl AppError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NoListener | Self::File { .. } | Self::Config(_) | Self::Controller(_) => 2,
+            Self::NoListener | Self::Inherited(_) | Self::File { .. } | Self::Config(_) | Self::Controller(_) => 2,
             _ => 1,
         }
     }
@@ -97,6 +103,7 @@ impl AppError {
 enum Report {
     Listening,
     Ready,
+    Ended,
     Failed(AppError),
 }
 
@@ -106,41 +113,15 @@ pub struct App {
     pub transparent: Option<SocketAddr>,
     /// Where the HTTP proxy listeners are.
     pub http_proxies: Vec<SocketAddr>,
+    /// Where the admin listener is.
+    pub admin: Option<SocketAddr>,
     stop: watch::Sender<bool>,
+    end: watch::Sender<bool>,
+    reload: mpsc::UnboundedSender<()>,
     reports: mpsc::UnboundedReceiver<Report>,
     workers: Vec<JoinHandle<()>>,
     waiting: usize,
-}
-
-/// Runs a proxy until SIGTERM or SIGINT.
-///
-/// # Errors
-/// It does not start, or a thread of it ends.
-pub fn run(config: Config, log: AccessLog) -> Result<(), AppError> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let begun = Instant::now();
-    let (mut term, mut int) = {
-        let _in = runtime.enter();
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
-    };
-    let mut app = App::start(config, log)?;
-    let said = runtime.block_on(async {
-        tokio::select! {
-            ready = app.ready() => {
-                ready?;
-                eprintln!("proxy-host: ready after {} ms: {}", begun.elapsed().as_millis(), app.describe());
-            }
-            _ = term.recv() => return Ok(true),
-            _ = int.recv() => return Ok(true),
-        }
-        tokio::select! {
-            error = app.failed() => Err(error),
-            _ = term.recv() => Ok(true),
-            _ = int.recv() => Ok(true),
-        }
-    });
-    app.stop();
-    said.map(|_: bool| ())
+    running: usize,
 }
 
 impl App {
@@ -149,24 +130,49 @@ impl App {
     /// # Errors
     /// Something of the settings cannot be used.
     pub fn start(config: Config, log: AccessLog) -> Result<Self, AppError> {
+        Self::start_with(config, log, Inherited::default())
+    }
+
+    /// The same with sockets that are open already.
+    ///
+    /// # Errors
+    /// Something of the settings cannot be used.
+    pub fn start_with(config: Config, log: AccessLog, inherited: Inherited) -> Result<Self, AppError> {
         if let Source::Files { paths, mesh } = &config.source {
             for path in paths.iter().chain(mesh) {
                 readable(path).map_err(|error| AppError::File { path: path.clone(), error })?;
             }
         }
         let mut sockets = Sockets::default();
+        for listener in inherited.transparent {
+            sockets.inherit(Kind::Transparent, &listener, config.threads)?;
+        }
+        for listener in inherited.http_proxy {
+            sockets.inherit(Kind::HttpProxy, &listener, config.threads)?;
+        }
         if let Some(address) = config.transparent {
             sockets.add(Kind::Transparent, address, config.threads)?;
         }
         for address in &config.http_proxies {
             sockets.add(Kind::HttpProxy, *address, config.threads)?;
         }
-        let (needs, asked) = mpsc::unbounded_channel();
+        let admin = match (inherited.admin.into_iter().next(), config.admin) {
+            (Some(listener), _) => Some(listener),
+            (None, Some(address)) => {
+                Some(std::net::TcpListener::bind(address).map_err(|error| AppError::Bind { address, error })?)
+            }
+            (None, None) => None,
+        };
+        let (needs, needed) = mpsc::unbounded_channel();
+        let (reload, reloads) = mpsc::unbounded_channel();
+        let (questions, asked) = mpsc::unbounded_channel();
         let (to_workers, from_control): (Vec<_>, Vec<_>) =
             (0..config.threads).map(|_| mpsc::unbounded_channel()).unzip();
         let (stop, stopped) = watch::channel(false);
-        let (channel, port) = start_control(config.clone(), asked, to_workers)?;
-        if let Some(port) = port
+        let (end, ended) = watch::channel(false);
+        let inputs = ControlInputs { needs: needed, reloads, questions: asked, workers: to_workers };
+        let Started { channel, proxy_http_port, controller } = start_control(config.clone(), inputs)?;
+        if let Some(port) = proxy_http_port
             && !sockets.addresses(Kind::HttpProxy).iter().any(|a| a.port() == port)
         {
             sockets.add(Kind::HttpProxy, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), config.threads)?;
@@ -179,30 +185,56 @@ impl App {
         let engine = vm::embedded::filter()?;
         let (report, reports) = mpsc::unbounded_channel();
         let mut workers = Vec::new();
-        let plugins = plugins(&config.identity);
+        let plugins = plugins(&config.identity, log.is_on());
+        let stats = Arc::new(Stats::new(config.threads));
+        let shared = Arc::<vm::Shared>::default();
+        let admin = match admin {
+            Some(listener) => Some(admin::start(
+                listener,
+                admin::Admin {
+                    config: config.clone(),
+                    listeners: (transparent, http_proxies.clone()),
+                    stats: stats.clone(),
+                    filter: shared.clone(),
+                    controller,
+                    questions,
+                    stop: stopped.clone(),
+                },
+            )?),
+            None => None,
+        };
         for (index, (messages, sockets)) in from_control.into_iter().zip(sockets.by_worker(config.threads)).enumerate()
         {
             let start = Start {
                 index,
                 config: config.clone(),
                 engine: engine.clone(),
-                vm: VmConfig { vm_id: "portolan".into(), plugins: plugins.clone(), ..VmConfig::default() },
+                vm: VmConfig {
+                    vm_id: "portolan".into(),
+                    plugins: plugins.clone(),
+                    shared: shared.clone(),
+                    ..VmConfig::default()
+                },
                 channel: channel.clone(),
                 log: log.clone(),
                 needs: needs.clone(),
+                stats: stats.clone(),
                 stop: stopped.clone(),
+                end: ended.clone(),
                 report: report.clone(),
             };
             let name = format!("worker-{index}");
             workers.push(thread::Builder::new().name(name).spawn(move || work(start, messages, sockets))?);
         }
         let waiting = workers.len();
-        let mut app = Self { transparent, http_proxies, stop, reports, workers, waiting };
+        let running = waiting;
+        let mut app = Self { transparent, http_proxies, admin, stop, end, reload, reports, workers, waiting, running };
         let mut listening = 0;
         while listening < app.workers.len() {
             match app.reports.blocking_recv() {
                 Some(Report::Listening) => listening += 1,
                 Some(Report::Ready) => app.waiting -= 1,
+                Some(Report::Ended) => app.running -= 1,
                 Some(Report::Failed(error)) => return Err(error),
                 None => return Err(AppError::Thread("worker".into())),
             }
@@ -219,6 +251,7 @@ impl App {
             match self.reports.recv().await {
                 Some(Report::Ready) => self.waiting -= 1,
                 Some(Report::Listening) => {}
+                Some(Report::Ended) => self.running -= 1,
                 Some(Report::Failed(error)) => return Err(error),
                 None => return Err(AppError::Thread("worker".into())),
             }
@@ -226,7 +259,8 @@ impl App {
         Ok(())
     }
 
-    async fn failed(&mut self) -> AppError {
+    /// Waits until a worker fails.
+    pub async fn failed(&mut self) -> AppError {
         loop {
             match self.reports.recv().await {
                 Some(Report::Failed(error)) => return error,
@@ -236,20 +270,45 @@ impl App {
         }
     }
 
-    fn describe(&self) -> String {
+    /// Has the configuration read again.
+    pub fn reload(&self) {
+        // Where the control thread has ended, a worker has failed too.
+        let _ = self.reload.send(());
+    }
+
+    /// Stops accepting, and tells clients that no more requests are taken.
+    pub fn drain(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// Waits until all connections have ended, or the time for that is over.
+    pub async fn drained(&mut self) {
+        while self.running > 0 {
+            match self.reports.recv().await {
+                Some(Report::Ended | Report::Failed(_)) => self.running -= 1,
+                Some(_) => {}
+                None => return,
+            }
+        }
+    }
+
+    /// Where it listens, and how many workers it has.
+    #[must_use]
+    pub fn describe(&self) -> String {
         let transparent = self.transparent.map(|a| format!("transparent on {a}"));
         let proxies = self.http_proxies.iter().map(|a| format!("HTTP proxy on {a}"));
-        let listeners: Vec<_> = transparent.into_iter().chain(proxies).collect();
+        let admin = self.admin.map(|a| format!("admin on {a}"));
+        let listeners: Vec<_> = transparent.into_iter().chain(proxies).chain(admin).collect();
         format!("{}, {} worker threads", listeners.join(", "), self.workers.len())
     }
 
-    /// Stops accepting, lets connections end for a moment, and ends the threads.
+    /// Stops accepting, lets connections end for as long as they may, and ends the threads.
     pub fn stop(mut self) {
-        self.end();
+        self.stop.send_replace(true);
+        self.join();
     }
 
-    fn end(&mut self) {
-        self.stop.send_replace(true);
+    fn join(&mut self) {
         for worker in self.workers.drain(..) {
             // A worker that panicked has said so.
             let _ = worker.join();
@@ -258,8 +317,11 @@ impl App {
 }
 
 impl Drop for App {
+    /// Ends the threads at once.
     fn drop(&mut self) {
-        self.end();
+        self.stop.send_replace(true);
+        self.end.send_replace(true);
+        self.join();
     }
 }
 
@@ -287,6 +349,17 @@ impl Sockets {
         Ok(())
     }
 
+    /// A socket that is open already; workers share it.
+    fn inherit(&mut self, kind: Kind, listener: &std::net::TcpListener, workers: usize) -> Result<(), AppError> {
+        let address = listener.local_addr()?;
+        let failed = |error| AppError::Bind { address, error };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let socket = || listener.try_clone().map(Socket::from);
+        let sockets = (0..workers).map(|_| socket()).collect::<Result<_, _>>().map_err(failed)?;
+        self.bound.push((kind, address, sockets));
+        Ok(())
+    }
+
     fn addresses(&self, kind: Kind) -> Vec<SocketAddr> {
         self.bound.iter().filter(|bound| bound.0 == kind).map(|bound| bound.1).collect()
     }
@@ -306,12 +379,24 @@ fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// Starts the control thread; gives the channel to the controller and the mesh's proxyHttpPort.
-fn start_control(
-    config: Config,
+/// What the control thread hears.
+struct ControlInputs {
     needs: mpsc::UnboundedReceiver<control::Need>,
+    reloads: mpsc::UnboundedReceiver<()>,
+    questions: mpsc::UnboundedReceiver<control::Question>,
     workers: Vec<mpsc::UnboundedSender<control::ToWorker>>,
-) -> Result<(Channel, Option<u16>), AppError> {
+}
+
+/// What the control thread has made.
+struct Started {
+    channel: Channel,
+    proxy_http_port: Option<u16>,
+    controller: Option<admin::ControllerState>,
+}
+
+/// Starts the control thread.
+fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppError> {
+    let ControlInputs { needs, mut reloads, questions, workers } = inputs;
     let (started, start) = std::sync::mpsc::sync_channel(1);
     thread::Builder::new().name("control".into()).spawn(move || {
         let runtime = match runtime() {
@@ -331,19 +416,33 @@ fn start_control(
                 }
             };
             let channel = controller.channel.clone();
-            let _ = started.send(Ok((channel.clone(), controller.proxy_http_port)));
+            let state = controller.embedded().map(|embedded| admin::ControllerState {
+                counters: embedded.counters().clone(),
+                sources: embedded.status().clone(),
+            });
+            let _ = started.send(Ok(Started {
+                channel: channel.clone(),
+                proxy_http_port: controller.proxy_http_port,
+                controller: state,
+            }));
+            exec::spawn(async move {
+                while reloads.recv().await.is_some() {
+                    controller.reload();
+                }
+                // It lives until the process ends: requests that are under way may still need it.
+                std::future::pending::<()>().await;
+            });
             let (wanted, names) = mpsc::unbounded_channel();
             let (update, updates) = mpsc::unbounded_channel();
             exec::spawn(ads::run(channel, config.identity, names, update));
-            control::run(needs, updates, wanted, workers).await;
-            drop(controller);
+            control::run(needs, updates, wanted, workers, questions).await;
         });
     })?;
     start.recv().map_err(|_| AppError::Thread("control".into()))?
 }
 
 /// The filter's two plugins; their configuration says who the workload is.
-fn plugins(identity: &Identity) -> Vec<PluginConfig> {
+fn plugins(identity: &Identity, report_decisions: bool) -> Vec<PluginConfig> {
     let role = match identity.role {
         Role::Sidecar => "sidecar",
         Role::Gateway => "gateway",
@@ -353,6 +452,7 @@ fn plugins(identity: &Identity) -> Vec<PluginConfig> {
         "labels": identity.labels,
         "role": role,
         "ips": identity.ips,
+        "report_decisions": report_decisions,
         "subscriber": ads::node(identity).id,
     });
     if !identity.locality.is_empty() {
@@ -377,7 +477,9 @@ struct Start {
     channel: Channel,
     log: AccessLog,
     needs: mpsc::UnboundedSender<control::Need>,
+    stats: Arc<Stats>,
     stop: watch::Receiver<bool>,
+    end: watch::Receiver<bool>,
     report: mpsc::UnboundedSender<Report>,
 }
 
@@ -391,9 +493,13 @@ fn work(start: Start, messages: mpsc::UnboundedReceiver<control::ToWorker>, sock
         Ok(runtime) => runtime,
         Err(error) => return say(Report::Failed(error.into())),
     };
-    if let Err(error) = LocalSet::new().block_on(&runtime, serve(start, messages, sockets)) {
-        say(Report::Failed(error));
-    }
+    start.stats.worker(start.index).install();
+    // Tasks that have not ended by then are dropped with the set, and write their lines of the access log.
+    let ended = {
+        let tasks = LocalSet::new();
+        tasks.block_on(&runtime, serve(start, messages, sockets))
+    };
+    say(ended.map_or_else(Report::Failed, |()| Report::Ended));
 }
 
 async fn serve(
@@ -401,14 +507,16 @@ async fn serve(
     messages: mpsc::UnboundedReceiver<control::ToWorker>,
     sockets: Vec<(Kind, Socket)>,
 ) -> Result<(), AppError> {
-    let Start { index, config, engine, vm, channel, log, needs, mut stop, report } = start;
+    let Start { index, config, engine, vm, channel, log, needs, stats, mut stop, mut end, report } = start;
     let say = |what| {
         // As in `work`.
         let _ = report.send(what);
     };
     let (acknowledged, mut snapshot) = mpsc::unbounded_channel();
     let filter = Filter::start(engine, vm, Rc::new(Calls::new(channel, index, acknowledged)))?;
-    let worker = Rc::new(Worker::new(index, filter, log, Rc::new(config), needs, stop.clone()));
+    let log = WorkerLog::new(log, stats.worker(index));
+    exec::spawn(log.clone().run());
+    let worker = Rc::new(Worker::new(index, filter, log, Rc::new(config), needs, stop.clone(), stats));
     let mut plans = worker.plans_changed();
     exec::spawn(worker.clone().listen(messages));
     let first = async {
@@ -431,12 +539,14 @@ async fn serve(
             _ = stop.wait_for(|stop| *stop) => {}
         }
     }
+    worker.log.stats().ready.add(1);
     say(Report::Ready);
     // The sender lives as long as the application.
     let _ = stop.wait_for(|stop| *stop).await;
-    let end = Instant::now() + worker.config.drain;
-    while worker.open() > 0 && Instant::now() < end {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    tokio::select! {
+        () = worker.idle() => {}
+        () = tokio::time::sleep(worker.config.drain) => {}
+        _ = end.wait_for(|end| *end) => {}
     }
     Ok(())
 }

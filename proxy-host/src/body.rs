@@ -11,10 +11,7 @@ use bytes::{Buf as _, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::{
-    access_log::{AccessLog, Entry},
-    upstream::http::Lease,
-};
+use crate::{access_log::Entry, upstream::http::Lease};
 
 /// A client's body on its way to the upstream.
 #[derive(Debug)]
@@ -74,7 +71,7 @@ impl ResponseBody {
     /// No body, and no line in the access log: another task writes it.
     #[must_use]
     pub fn silent(received: Rc<Cell<u64>>) -> Self {
-        Self { source: Source::Local(None), received, entry: Entry::new(&AccessLog::default()) }
+        Self { source: Source::Local(None), received, entry: Entry::silent() }
     }
 
     /// The upstream's body; its connection goes back to the pool when the body is through.

@@ -11,6 +11,8 @@ use std::{
 use clap::{Parser, ValueEnum};
 use tokio::net::TcpStream;
 
+use crate::{access_log, logging};
+
 /// A small proxy that sends each connection and request where Istio's ServiceEntry resources say.
 #[derive(Debug, Clone, Parser)]
 #[command(
@@ -18,61 +20,87 @@ use tokio::net::TcpStream;
     version,
     about,
     after_help = "Examples:
-  proxy-host --config examples/ --http-proxy 127.0.0.1:15080
+  proxy-host --config examples/quickstart --http-proxy 127.0.0.1:15080
       Reads the Istio resources in examples/ and offers an HTTP proxy. Try it with
-      curl -x http://127.0.0.1:15080 http://api.example.com/
+      curl -x http://127.0.0.1:15080 http://hello.example.com/
 
-  proxy-host --config mesh/ --mesh mesh.yaml --transparent 0.0.0.0:15001
-      Takes connections that iptables redirects (Istio's own rules: -j REDIRECT --to-ports 15001).
+  proxy-host --config mesh/ --mesh mesh.yaml --transparent 0.0.0.0:15001 --admin 127.0.0.1:15000
+      Takes connections that iptables redirects (Istio's own rules: -j REDIRECT --to-ports 15001), and
+      answers questions about itself: curl http://127.0.0.1:15000/
 
   proxy-host --controller http://portolan.istio-system:15010 --namespace shop --transparent 0.0.0.0:15001
       The same with a controller that runs elsewhere.
 
 Files may change at any time: the change is in effect a moment later, and a file that cannot be used leaves the last
-good state in force. Exit status: 0 after SIGTERM or SIGINT, 1 after a failure, 2 for arguments or files that cannot
-be used."
+good state in force. SIGHUP reads all of them again. SIGTERM and SIGINT end the proxy: it stops accepting, lets what is
+under way end for --drain-time, and leaves; the second signal ends it at once.
+
+Exit status: 0 after SIGTERM or SIGINT, 1 after a failure, 2 for arguments or files that cannot be used."
 )]
 pub struct Args {
     /// File or folder of Istio resources (YAML or JSON); may be given several times
-    #[arg(long, value_name = "DIR|FILE")]
+    #[arg(long, value_name = "DIR|FILE", help_heading = CONFIGURATION)]
     pub config: Vec<PathBuf>,
     /// Istio's MeshConfig, as a YAML file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = CONFIGURATION)]
     pub mesh: Option<PathBuf>,
     /// Address of a controller to use instead of files, as http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config")]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config", help_heading = CONFIGURATION)]
     pub controller: Option<String>,
+
     /// Listen here for connections that iptables redirected
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
     pub transparent: Option<SocketAddr>,
     /// Listen here as an HTTP proxy (absolute form and CONNECT); the mesh's proxyHttpPort is served as well
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
     pub http_proxy: Option<SocketAddr>,
+    /// Answer here about the proxy itself: /ready, /healthz, /metrics, /config_dump, /clusters, /logging. Whoever can
+    /// reach it can read the configuration and change the log's level: keep it on loopback
+    #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
+    pub admin: Option<SocketAddr>,
+
     /// Namespace of the workload that this proxy stands for
-    #[arg(long, default_value = "default")]
+    #[arg(long, default_value = "default", help_heading = WORKLOAD)]
     pub namespace: String,
     /// Labels of the workload, as key=value,...
-    #[arg(long, value_name = "K=V,...", value_delimiter = ',', value_parser = label)]
+    #[arg(long, value_name = "K=V,...", value_delimiter = ',', value_parser = label, help_heading = WORKLOAD)]
     pub labels: Vec<(String, String)>,
     /// Address of the workload; several with commas
-    #[arg(long, value_delimiter = ',', default_value = "127.0.0.1")]
+    #[arg(long, value_delimiter = ',', default_value = "127.0.0.1", help_heading = WORKLOAD)]
     pub ip: Vec<IpAddr>,
     /// Locality of the workload, as region/zone/subzone
-    #[arg(long, value_name = "R/Z/S", default_value = "")]
+    #[arg(long, value_name = "R/Z/S", default_value = "", help_heading = WORKLOAD)]
     pub locality: String,
     /// What the proxy stands for
-    #[arg(long, value_enum, default_value_t = Role::Sidecar)]
+    #[arg(long, value_enum, default_value_t = Role::Sidecar, help_heading = WORKLOAD)]
     pub role: Role,
+
     /// Worker threads; as many as there are cores where it is not given
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = OPERATION)]
     pub threads: Option<u16>,
-    /// Write a line to standard output for each request and connection
-    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set)]
-    pub access_log: bool,
-    /// Least level of what is logged to standard error: error, warn, info, debug, trace, or a tracing filter
-    #[arg(long, default_value = "info")]
+    /// Most client connections at a time; one more is refused, an HTTP proxy's client with a 503. Where it is not given:
+    /// what the limit of open files suffices for (the soft limit is raised to the hard one)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = OPERATION)]
+    pub max_connections: Option<u32>,
+    /// How long connections get to end after SIGTERM; HTTP clients are told at once (`connection: close`, GOAWAY)
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration, help_heading = OPERATION)]
+    pub drain_time: Duration,
+    /// What to write to standard output for each request and connection
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = access_log::Format::Text, default_missing_value = "text", num_args = 0..=1, help_heading = OPERATION)]
+    pub access_log: access_log::Format,
+    /// How the log on standard error looks
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = logging::Format::Text, help_heading = OPERATION)]
+    pub log_format: logging::Format,
+    /// Least level of what is logged: error, warn, info, debug, trace, or a tracing filter such as info,h2=debug. The
+    /// admin port changes it at run time
+    #[arg(long, default_value = "info", help_heading = OPERATION)]
     pub log_level: String,
 }
+
+const CONFIGURATION: &str = "Configuration (one of --config and --controller)";
+const LISTENERS: &str = "Listeners (at least one; systemd may pass them as transparent, http-proxy, admin)";
+const WORKLOAD: &str = "The workload, which decides what is visible";
+const OPERATION: &str = "Operation";
 
 /// What a proxy stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -124,8 +152,12 @@ pub struct Config {
     pub transparent: Option<SocketAddr>,
     /// HTTP proxy listeners.
     pub http_proxies: Vec<SocketAddr>,
+    /// Admin listener.
+    pub admin: Option<SocketAddr>,
     /// Who the proxy stands for.
     pub identity: Identity,
+    /// Most client connections at a time.
+    pub max_connections: usize,
     /// Worker threads, at least 1.
     pub threads: usize,
     /// Time that a request waits for a cluster.
@@ -151,6 +183,8 @@ impl Config {
             source: Source::Files { paths, mesh: None },
             transparent: None,
             http_proxies: Vec::new(),
+            admin: None,
+            max_connections: usize::MAX,
             identity: Identity {
                 namespace: "default".into(),
                 labels: BTreeMap::new(),
@@ -160,7 +194,7 @@ impl Config {
             },
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             cluster_timeout: Duration::from_secs(5),
-            drain: Duration::from_secs(2),
+            drain: Duration::from_secs(5),
             original_destination: crate::listener::original_destination,
         }
     }
@@ -176,6 +210,11 @@ impl From<Args> for Config {
         };
         config.transparent = args.transparent;
         config.http_proxies = args.http_proxy.into_iter().collect();
+        config.admin = args.admin;
+        config.drain = args.drain_time;
+        if let Some(most) = args.max_connections {
+            config.max_connections = usize::try_from(most).unwrap_or(usize::MAX);
+        }
         config.identity = Identity {
             namespace: args.namespace,
             labels: args.labels.into_iter().collect(),
@@ -208,10 +247,25 @@ mod tests {
     }
 
     #[test]
-    fn the_access_log_is_on_unless_it_is_switched_off() {
-        let on =
-            |args: &[&str]| Args::try_parse_from([&["proxy-host", "--config", "a"], args].concat()).unwrap().access_log;
-        assert!(on(&[]) && on(&["--access-log"]) && !on(&["--access-log=false"]));
+    fn the_access_log_is_text_unless_something_else_is_said() {
+        use access_log::Format::{Json, Off, Text};
+        for (args, format) in [
+            (&[][..], Text),
+            (&["--access-log"], Text),
+            (&["--access-log=true"], Text),
+            (&["--access-log=false"], Off),
+            (&["--access-log", "json"], Json),
+            (&["--access-log=off"], Off),
+        ] {
+            let parsed = Args::try_parse_from([&["proxy-host", "--config", "a"], args].concat()).unwrap();
+            assert_eq!(parsed.access_log, format, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn limits_are_read() {
+        let config = parse(&["--config", "a", "--drain-time", "1m", "--max-connections", "7"]).unwrap();
+        assert_eq!((config.drain, config.max_connections), (Duration::from_secs(60), 7));
     }
 
     #[test]
@@ -221,6 +275,9 @@ mod tests {
             &["--config", "a", "--controller", "b"],
             &["--config", "a", "--labels", "x"],
             &["--config", "a", "--threads", "0"],
+            &["--config", "a", "--max-connections", "0"],
+            &["--config", "a", "--drain-time", "5"],
+            &["--config", "a", "--access-log", "xml"],
         ] {
             assert_eq!(parse(args).unwrap_err().exit_code(), 2, "{args:?}");
         }

@@ -2,7 +2,7 @@
 //! asked here, for the clusters that are in use.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -10,14 +10,17 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+};
 
 use crate::{
     ads::Update,
     dns::Resolver,
     listener::plan::Plans,
     upstream::{
-        Resolved,
+        EndpointReport, Resolved,
         cluster::{Address, Discovery, Dns, Endpoint, Spec, Target},
     },
 };
@@ -32,6 +35,26 @@ pub enum ToWorker {
     Plans(Arc<Plans>),
     /// A cluster; `None`: there is none of that name (any more).
     Cluster(String, Option<Arc<Resolved>>),
+    /// Say what you have to do with each endpoint.
+    Report(mpsc::UnboundedSender<Vec<EndpointReport>>),
+}
+
+/// What the admin port asks.
+#[derive(Debug)]
+pub enum Question {
+    /// The plans and clusters in force.
+    State(oneshot::Sender<State>),
+    /// What each worker has to do with each endpoint; as many answers as there are workers.
+    Endpoints(mpsc::UnboundedSender<Vec<EndpointReport>>),
+}
+
+/// The plans and clusters in force.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Listener plans.
+    pub plans: Plans,
+    /// Clusters that were asked for; `None`: there is none of that name, or it is not known yet.
+    pub clusters: BTreeMap<String, Option<Arc<Resolved>>>,
 }
 
 /// A worker needs a cluster.
@@ -49,6 +72,7 @@ pub async fn run(
     mut updates: mpsc::UnboundedReceiver<Update>,
     wanted: mpsc::UnboundedSender<String>,
     workers: Vec<mpsc::UnboundedSender<ToWorker>>,
+    mut questions: mpsc::UnboundedReceiver<Question>,
 ) {
     let (resolved, mut resolutions) = mpsc::unbounded_channel();
     let mut table = Table {
@@ -71,6 +95,7 @@ pub async fn run(
                 None => return,
             },
             Some(resolution) = resolutions.recv() => table.resolved(resolution),
+            Some(question) = questions.recv() => table.answer(question),
         }
     }
 }
@@ -111,6 +136,18 @@ impl Table {
         for worker in &self.workers {
             // A worker that is gone needs nothing.
             let _ = worker.send(message.clone());
+        }
+    }
+
+    fn answer(&self, question: Question) {
+        match question {
+            Question::State(answer) => {
+                let known = |(name, known): (&String, &Known)| (name.clone(), known.published.clone());
+                let clusters = self.clusters.iter().map(known).collect();
+                // Whoever asked may have given up.
+                let _ = answer.send(State { plans: self.plans.clone(), clusters });
+            }
+            Question::Endpoints(answer) => self.tell(&ToWorker::Report(answer)),
         }
     }
 
@@ -323,7 +360,13 @@ mod tests {
         let (second, mut two) = mpsc::unbounded_channel();
         tokio::task::LocalSet::new()
             .run_until(async move {
-                let task = tokio::task::spawn_local(run(needs, updates, wanted, vec![first, second]));
+                let task = tokio::task::spawn_local(run(
+                    needs,
+                    updates,
+                    wanted,
+                    vec![first, second],
+                    mpsc::unbounded_channel().1,
+                ));
                 for worker in 0..2 {
                     need.send(Need { worker, cluster: "c".into() }).unwrap();
                 }

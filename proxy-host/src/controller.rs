@@ -13,7 +13,23 @@ pub struct Controller {
     pub channel: Channel,
     /// MeshConfig's `proxyHttpPort`, where the mesh is known here.
     pub proxy_http_port: Option<u16>,
-    _embedded: Option<embed::Controller>,
+    embedded: Option<embed::Controller>,
+}
+
+impl Controller {
+    /// Has the files read again, where there are any.
+    pub fn reload(&self) {
+        match &self.embedded {
+            Some(controller) => controller.reload(),
+            None => tracing::info!("nothing to read again: the configuration is that of the controller elsewhere"),
+        }
+    }
+
+    /// The controller within this process.
+    #[must_use]
+    pub fn embedded(&self) -> Option<&embed::Controller> {
+        self.embedded.as_ref()
+    }
 }
 
 /// Connects, or starts the embedded controller.
@@ -25,7 +41,7 @@ pub async fn connect(source: &Source) -> Result<Controller, AppError> {
         Source::Controller(address) => {
             let endpoint = Endpoint::from_shared(address.clone()).map_err(|_| AppError::Controller(address.clone()))?;
             // Opened with the first call, and again after each failure.
-            Ok(Controller { channel: endpoint.connect_lazy(), proxy_http_port: None, _embedded: None })
+            Ok(Controller { channel: endpoint.connect_lazy(), proxy_http_port: None, embedded: None })
         }
         Source::Files { paths, mesh } => start(&ControllerConfig { paths: paths.clone(), mesh: mesh.clone() }).await,
     }
@@ -40,5 +56,5 @@ async fn start(config: &ControllerConfig) -> Result<Controller, AppError> {
         async move { pipe.map(TokioIo::new) }
     });
     let channel = Endpoint::from_static("http://controller.internal").connect_with_connector_lazy(connector);
-    Ok(Controller { channel, proxy_http_port, _embedded: Some(controller) })
+    Ok(Controller { channel, proxy_http_port, embedded: Some(controller) })
 }

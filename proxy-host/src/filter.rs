@@ -29,6 +29,8 @@ pub const HTTP_ROOT: &str = "portolan_http";
 pub const TCP_ROOT: &str = "portolan_tcp";
 /// The filter state that names a connection's cluster.
 const TCP_CLUSTER: &str = "envoy.tcp_proxy.cluster";
+/// The property in which the filter says why, if its configuration asks for it.
+const DECISION: &[u8] = b"portolan.decision";
 /// A VM that traps sooner after its start than this is replaced only after this time.
 const RESTART: Duration = Duration::from_secs(1);
 
@@ -70,8 +72,8 @@ impl Properties for Connection {
 pub enum HttpVerdict {
     /// Route it by these headers.
     Continue(RequestHead, Stream),
-    /// Answer it with this.
-    Respond(Box<LocalResponse>),
+    /// Answer it with this; why, if the filter said.
+    Respond(Box<LocalResponse>, Option<String>),
     /// End its stream.
     Reset,
     /// The filter did not return, or there is none right now.
@@ -82,7 +84,7 @@ pub enum HttpVerdict {
 pub enum TcpVerdict {
     /// It goes to the cluster of this name.
     Cluster(String, Stream),
-    /// It is refused; what the filter said meanwhile.
+    /// It is refused; why, if the filter said.
     Close(Option<String>),
 }
 
@@ -95,14 +97,14 @@ pub struct Stream {
     filter: Rc<Inner>,
     generation: u64,
     context: ContextId,
-    said: Option<String>,
 }
 
 impl Stream {
-    /// What the filter said when it decided, if anything.
+    /// Why the filter decided as it did, if it said.
     #[must_use]
-    pub fn reason(&self) -> Option<String> {
-        self.said.clone()
+    pub fn decision(&self) -> Option<String> {
+        let value = self.filter.with(Some(self.generation), |vm| Ok(vm.own_property(self.context, DECISION)));
+        value.ok().flatten().map(|value| String::from_utf8_lossy(&value).into_owned())
     }
 
     /// Shows the filter the response's headers.
@@ -182,7 +184,6 @@ impl Filter {
     /// Asks about a request; `end`: it has no body.
     pub async fn request(&self, connection: &Rc<Connection>, head: RequestHead, end: bool) -> HttpVerdict {
         let inner = &self.0;
-        inner.calls.forget_said();
         let generation = inner.generation.get();
         let asked = inner.with(None, |vm| {
             let Some(root) = vm.root(HTTP_ROOT) else { return Ok(None) };
@@ -191,7 +192,7 @@ impl Filter {
             vm.on_request_headers(context, end).map(|outcome| Some((context, outcome)))
         });
         let Ok(Some((context, outcome))) = asked else { return HttpVerdict::Failed };
-        let stream = Stream { filter: inner.clone(), generation, context, said: inner.calls.said() };
+        let stream = Stream { filter: inner.clone(), generation, context };
         match inner.settle(generation, context, outcome).await {
             Some(EffectKind::Continue(_)) => {
                 let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| std::mem::take(&mut http.request)));
@@ -200,7 +201,7 @@ impl Filter {
                     _ => HttpVerdict::Failed,
                 }
             }
-            Some(EffectKind::Respond(response)) => HttpVerdict::Respond(response),
+            Some(EffectKind::Respond(response)) => HttpVerdict::Respond(response, stream.decision()),
             Some(EffectKind::Close(_)) => HttpVerdict::Reset,
             None => HttpVerdict::Failed,
         }
@@ -209,7 +210,6 @@ impl Filter {
     /// Asks about a connection.
     pub async fn connection(&self, connection: &Rc<Connection>) -> TcpVerdict {
         let inner = &self.0;
-        inner.calls.forget_said();
         let generation = inner.generation.get();
         let asked = inner.with(None, |vm| {
             let Some(root) = vm.root(TCP_ROOT) else { return Ok(None) };
@@ -217,10 +217,9 @@ impl Filter {
             vm.on_new_connection(context).map(|outcome| Some((context, outcome)))
         });
         let Ok(Some((context, outcome))) = asked else { return TcpVerdict::Close(Some("filter failed".into())) };
-        let said = inner.calls.said();
-        let stream = Stream { filter: inner.clone(), generation, context, said: said.clone() };
+        let stream = Stream { filter: inner.clone(), generation, context };
         let Some(EffectKind::Continue(_)) = inner.settle(generation, context, outcome).await else {
-            return TcpVerdict::Close(said);
+            return TcpVerdict::Close(stream.decision());
         };
         let cluster = |vm: &mut Vm| Ok(vm.filter_state(context).and_then(|state| state.get(TCP_CLUSTER).cloned()));
         match inner.with(Some(generation), cluster).ok().flatten().map(|name| String::from_utf8(name.to_vec())) {

@@ -42,9 +42,7 @@ pub struct Calls {
     worker: usize,
     streams: RefCell<HashMap<CallToken, Open>>,
     ticks: RefCell<HashMap<ContextId, AbortHandle>>,
-    said: RefCell<Option<String>>,
     ready: mpsc::UnboundedSender<usize>,
-    log_level: LogLevel,
 }
 
 struct Open {
@@ -58,22 +56,7 @@ impl Calls {
     /// Calls go over `channel`; `ready` is told the worker's number when its registry has been received.
     #[must_use]
     pub fn new(channel: Channel, worker: usize, ready: mpsc::UnboundedSender<usize>) -> Self {
-        let log_level = if tracing::enabled!(target: "filter", tracing::Level::TRACE) {
-            LogLevel::Trace
-        } else if tracing::enabled!(target: "filter", tracing::Level::DEBUG) {
-            LogLevel::Debug
-        } else {
-            LogLevel::Info
-        };
-        Self {
-            channel,
-            worker,
-            streams: RefCell::default(),
-            ticks: RefCell::default(),
-            said: RefCell::default(),
-            ready,
-            log_level,
-        }
+        Self { channel, worker, streams: RefCell::default(), ticks: RefCell::default(), ready }
     }
 
     /// Ends all that an earlier VM had under way.
@@ -84,17 +67,6 @@ impl Calls {
         for (_, tick) in self.ticks.take() {
             tick.abort();
         }
-    }
-
-    /// The last line that the guest logged since [`Calls::forget_said`].
-    #[must_use]
-    pub fn said(&self) -> Option<String> {
-        self.said.borrow().clone()
-    }
-
-    /// Forgets what the guest logged.
-    pub fn forget_said(&self) {
-        self.said.borrow_mut().take();
     }
 }
 
@@ -125,11 +97,16 @@ impl Env for HostEnv {
             LogLevel::Warn => tracing::warn!(target: "filter", worker, "{text}"),
             _ => tracing::error!(target: "filter", worker, "{text}"),
         }
-        *self.calls.said.borrow_mut() = Some(text.into_owned());
     }
 
     fn log_level(&self) -> LogLevel {
-        self.calls.log_level
+        if tracing::enabled!(target: "filter", tracing::Level::TRACE) {
+            LogLevel::Trace
+        } else if tracing::enabled!(target: "filter", tracing::Level::DEBUG) {
+            LogLevel::Debug
+        } else {
+            LogLevel::Info
+        }
     }
 
     fn set_tick(&mut self, root: ContextId, period: Duration) {

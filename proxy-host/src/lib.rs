@@ -10,6 +10,7 @@
 )]
 
 pub mod access_log;
+pub mod admin;
 pub mod ads;
 pub mod app;
 pub mod body;
@@ -21,8 +22,13 @@ pub mod exec;
 pub mod filter;
 pub mod filter_env;
 pub mod headers;
+pub mod inherited;
+pub mod limits;
 pub mod listener;
+pub mod logging;
 pub mod router;
+pub mod run;
+pub mod stats;
 pub mod upstream;
 pub mod vm;
 pub mod worker;

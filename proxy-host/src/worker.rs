@@ -9,16 +9,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
-    access_log::AccessLog,
+    access_log::WorkerLog,
     config::Config,
     control::{Need, ToWorker},
     dns::Resolver,
     filter::{Connection, Filter},
+    limits::Refusals,
     listener::plan::Plans,
-    upstream::{Cluster, Resolved},
+    stats::Stats,
+    upstream::{Cluster, EndpointReport, Resolved},
 };
 
 /// How often connections that nobody uses are looked for.
@@ -47,17 +49,23 @@ pub struct Worker {
     /// Resolves names that clients ask for.
     pub resolver: Resolver,
     /// Where lines go.
-    pub log: AccessLog,
+    pub log: WorkerLog,
     /// The settings.
     pub config: Rc<Config>,
     /// Turns true when the process is to end.
     pub stop: watch::Receiver<bool>,
+    /// What all workers count.
+    pub stats: Arc<Stats>,
+    /// Refuses connections that are too many.
+    pub refusals: Refusals,
     index: usize,
     plans: watch::Sender<Arc<Plans>>,
     clusters: RefCell<HashMap<String, Slot>>,
     needs: mpsc::UnboundedSender<Need>,
     connections: Cell<u64>,
     open: Cell<usize>,
+    /// Told when the last open connection has ended.
+    emptied: Notify,
 }
 
 /// Counts a connection as open for as long as it lives.
@@ -66,6 +74,9 @@ pub struct Opened(Rc<Worker>);
 impl Drop for Opened {
     fn drop(&mut self) {
         self.0.open.set(self.0.open.get() - 1);
+        if self.0.open.get() == 0 {
+            self.0.emptied.notify_one();
+        }
     }
 }
 
@@ -75,12 +86,15 @@ impl Worker {
     pub fn new(
         index: usize,
         filter: Filter,
-        log: AccessLog,
+        log: WorkerLog,
         config: Rc<Config>,
         needs: mpsc::UnboundedSender<Need>,
         stop: watch::Receiver<bool>,
+        stats: Arc<Stats>,
     ) -> Self {
         Self {
+            stats,
+            refusals: Refusals::default(),
             filter,
             resolver: Resolver::default(),
             log,
@@ -92,6 +106,7 @@ impl Worker {
             needs,
             connections: Cell::new(0),
             open: Cell::new(0),
+            emptied: Notify::new(),
         }
     }
 
@@ -122,10 +137,11 @@ impl Worker {
         Opened(self.clone())
     }
 
-    /// Connections that are open.
-    #[must_use]
-    pub fn open(&self) -> usize {
-        self.open.get()
+    /// Waits until no connection is open.
+    pub async fn idle(&self) {
+        while self.open.get() > 0 {
+            self.emptied.notified().await;
+        }
     }
 
     /// The cluster of a name; asks the controller for it the first time.
@@ -165,6 +181,10 @@ impl Worker {
                         self.plans.send_replace(plans);
                     }
                     Some(ToWorker::Cluster(name, cluster)) => self.update(&name, cluster),
+                    Some(ToWorker::Report(answer)) => {
+                        // Whoever asked may have given up.
+                        let _ = answer.send(self.report());
+                    }
                     None => return,
                 },
                 _ = sweep.tick() => self.sweep(),
@@ -191,6 +211,16 @@ impl Worker {
                 let _ = sender.send(cluster.clone());
             }
         }
+    }
+
+    /// The clusters that this worker holds, and what it has to do with each of their endpoints.
+    fn report(&self) -> Vec<EndpointReport> {
+        let clusters = self.clusters.borrow();
+        let ready = clusters.values().filter_map(|slot| match slot {
+            Slot::Ready(cluster) => Some(cluster.report()),
+            Slot::Waiting(_) => None,
+        });
+        ready.flatten().collect()
     }
 
     fn sweep(&self) {

@@ -81,7 +81,10 @@ async fn handle(
     let method = head.method.clone();
     let (mut head, stream) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
         HttpVerdict::Continue(head, stream) => (head, stream),
-        HttpVerdict::Respond(response) => return Ok(exchange.local(*response)),
+        HttpVerdict::Respond(response, decision) => {
+            exchange.entry.decision = decision;
+            return Ok(exchange.local(*response));
+        }
         HttpVerdict::Reset => return Err(Reset),
         HttpVerdict::Failed => {
             exchange.entry.reason = Some("portolan_filter_failed".into());
@@ -89,7 +92,7 @@ async fn handle(
             return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, body, ""));
         }
     };
-    exchange.entry.reason = stream.reason();
+    exchange.entry.decision = stream.decision();
     let name = head.headers.get(CLUSTER).and_then(|name| name.to_str().ok()).map(str::to_owned);
     let Some(name) = name.filter(|_| !(method == Method::CONNECT && connection.captured)) else {
         exchange.entry.reason = Some("route_not_found".into());

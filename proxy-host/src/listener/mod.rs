@@ -9,13 +9,19 @@ pub mod tcp;
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
+use futures_util::FutureExt as _;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     io::AsyncReadExt as _,
     net::{TcpListener, TcpStream},
 };
 
-use crate::{exec, worker::Worker};
+use crate::{
+    exec,
+    limits::{self, Place},
+    stats::{self, DownstreamOpen},
+    worker::Worker,
+};
 use plan::Inspection;
 use rewind::Rewind;
 use sniff::Sniffed;
@@ -75,33 +81,60 @@ pub fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
     address.as_socket().ok_or_else(|| io::Error::other("original destination is not an IP address"))
 }
 
-/// Accepts connections until the process is to end.
+/// Accepts connections until the process is to end; those that the kernel has accepted by then are still taken.
 pub async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: Kind) {
+    // The process does not end before what is in the queue has been taken.
+    let _open = worker.opened();
     let mut stop = worker.stop.clone();
+    worker.refusals.hold_spare();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stop.wait_for(|stop| *stop) => return,
+            _ = stop.wait_for(|stop| *stop) => break,
         };
         match accepted {
-            Ok((stream, source)) => {
-                // Only costs latency where it cannot be set.
-                let _ = stream.set_nodelay(true);
-                let worker = worker.clone();
-                exec::spawn(async move {
-                    let _open = worker.opened();
-                    match kind {
-                        Kind::Transparent => captured(worker, stream, source).await,
-                        Kind::HttpProxy => http_proxy(worker, stream, source).await,
-                    }
-                });
-            }
+            Ok((stream, source)) => take(&worker, stream, source, kind),
             Err(error) => {
-                tracing::warn!("accept: {error}");
+                worker.log.stats().accept_failures.add(1);
+                // The descriptor that was kept back lets a client know, where it would hang otherwise.
+                if limits::out_of_descriptors(&error) && worker.refusals.use_spare() {
+                    if let Some(Ok((stream, _))) = listener.accept().now_or_never() {
+                        worker.refusals.refuse(stream, kind);
+                    }
+                    worker.refusals.hold_spare();
+                }
+                tracing::warn!("accept: {error}; connections are refused until others have ended");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+    let Ok(listener) = listener.into_std() else { return };
+    while let Ok((stream, source)) = listener.accept() {
+        if stream.set_nonblocking(true).is_ok()
+            && let Ok(stream) = TcpStream::from_std(stream)
+        {
+            take(&worker, stream, source, kind);
+        }
+    }
+}
+
+fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind) {
+    let stats = worker.log.stats();
+    let Some(place) = Place::take(&worker.stats, worker.config.max_connections) else {
+        stats.over_limit.add(1);
+        return worker.refusals.refuse(stream, kind);
+    };
+    stats.accepted[stats::of(kind)].add(1);
+    // Only costs latency where it cannot be set.
+    let _ = stream.set_nodelay(true);
+    let worker = worker.clone();
+    exec::spawn(async move {
+        let _open = (worker.opened(), DownstreamOpen::new(worker.log.stats(), kind), place);
+        match kind {
+            Kind::Transparent => captured(worker, stream, source).await,
+            Kind::HttpProxy => http_proxy(worker, stream, source).await,
+        }
+    });
 }
 
 async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
@@ -118,7 +151,7 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     };
     let entry = worker.plans().entry(destination);
     let mut connection = worker.connection(source, destination, true);
-    let Some((sniffed, client)) = inspect(stream, entry.inspection).await else { return };
+    let Some((sniffed, client)) = inspect(&worker, stream, entry.inspection).await else { return };
     match sniffed {
         Sniffed::Http1 | Sniffed::Http2 if !entry.tcp => {
             http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2).await;
@@ -135,7 +168,7 @@ async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     let Ok(own) = stream.local_addr() else { return };
     let connection = Rc::new(worker.connection(source, canonical(own), false));
     // Whatever it is, it is HTTP; only its version is open.
-    let Some((sniffed, client)) = inspect(stream, Inspection { tls: false, http: true }).await else { return };
+    let Some((sniffed, client)) = inspect(&worker, stream, Inspection { tls: false, http: true }).await else { return };
     http::serve(worker, connection, client, sniffed == Sniffed::Http2).await;
 }
 
@@ -144,14 +177,21 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 /// Reads as many bytes as the inspection needs, without any where it needs none. As under Istio there is no limit of
-/// time: a client that says nothing is waited for. `None`: the client has gone.
-async fn inspect(mut stream: TcpStream, inspection: Inspection) -> Option<(Sniffed, Rewind)> {
+/// time: a client that says nothing is waited for, unless the process is to end. `None`: the client has gone, or is
+/// not waited for any more.
+async fn inspect(worker: &Worker, mut stream: TcpStream, inspection: Inspection) -> Option<(Sniffed, Rewind)> {
     let mut read = BytesMut::new();
+    let mut stop = worker.stop.clone();
     loop {
         match sniff::sniff(&read, inspection) {
             Sniffed::NeedMore => {
-                if stream.read_buf(&mut read).await.ok()? == 0 {
-                    return None;
+                let silent = read.is_empty();
+                tokio::select! {
+                    biased;
+                    n = stream.read_buf(&mut read) => if n.ok()? == 0 {
+                        return None;
+                    },
+                    _ = stop.wait_for(|stop| *stop), if silent => return None,
                 }
             }
             sniffed => return Some((sniffed, Rewind::new(read.freeze(), stream))),

@@ -38,11 +38,12 @@ async fn carry(
 ) -> Result<(), &'static str> {
     let (name, _stream) = match worker.filter.connection(connection).await {
         TcpVerdict::Cluster(name, stream) => {
-            entry.reason = stream.reason();
+            entry.decision = stream.decision();
             (name, stream)
         }
-        TcpVerdict::Close(reason) => {
-            entry.reason = reason;
+        TcpVerdict::Close(decision) => {
+            entry.decision = decision;
+            entry.reason = Some("portolan_denied".into());
             return Err("UH");
         }
     };

@@ -13,14 +13,15 @@ use tokio::{
 };
 
 use super::cluster::Address;
+use crate::stats::{self, UpstreamOpen};
 
 /// A connection to an endpoint.
 #[derive(Debug)]
 pub enum Stream {
     /// TCP.
-    Tcp(TcpStream),
+    Tcp(TcpStream, UpstreamOpen),
     /// Unix-domain socket.
-    Unix(UnixStream),
+    Unix(UnixStream, UpstreamOpen),
 }
 
 /// Why no connection could be opened; the texts are Envoy's.
@@ -46,9 +47,11 @@ pub async fn connect(addresses: &[Address], timeout: Duration) -> Result<(Stream
                 Address::Ip(ip) => TcpStream::connect(ip).await.map(|stream| {
                     // Only costs latency where it cannot be set.
                     let _ = stream.set_nodelay(true);
-                    Stream::Tcp(stream)
+                    Stream::Tcp(stream, UpstreamOpen::new())
                 }),
-                Address::Unix(path) => UnixStream::connect(path).await.map(Stream::Unix),
+                Address::Unix(path) => {
+                    UnixStream::connect(path).await.map(|stream| Stream::Unix(stream, UpstreamOpen::new()))
+                }
             };
             match opened {
                 Ok(stream) => return Ok((stream, address.clone())),
@@ -57,7 +60,14 @@ pub async fn connect(addresses: &[Address], timeout: Duration) -> Result<(Stream
         }
         Err(ConnectError::Io(last))
     };
-    tokio::time::timeout(timeout, attempt).await.unwrap_or(Err(ConnectError::Timeout))
+    let connected = tokio::time::timeout(timeout, attempt).await.unwrap_or(Err(ConnectError::Timeout));
+    if let Err(error) = &connected {
+        stats::here(|stats| {
+            stats.upstream_failed.add(1);
+            stats.upstream_timeouts.add(u64::from(matches!(error, ConnectError::Timeout)));
+        });
+    }
+    connected
 }
 
 // === impl Stream ===
@@ -65,8 +75,8 @@ pub async fn connect(addresses: &[Address], timeout: Duration) -> Result<(Stream
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream, _) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -74,8 +84,8 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_write(cx, buf),
+            Self::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -85,8 +95,8 @@ impl AsyncWrite for Stream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Unix(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -96,15 +106,15 @@ impl AsyncWrite for Stream {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_flush(cx),
+            Self::Unix(stream, _) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tcp(stream, _) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -81,6 +81,21 @@ impl Weighted for Endpoint {
     }
 }
 
+/// What one worker has to do with one endpoint.
+#[derive(Debug, Clone)]
+pub struct EndpointReport {
+    /// Name of the cluster.
+    pub cluster: String,
+    /// The endpoint's addresses.
+    pub addresses: Vec<Address>,
+    /// Requests and connections in progress.
+    pub active: u32,
+    /// Share within its locality.
+    pub weight: u32,
+    /// 0 is used first.
+    pub priority: u32,
+}
+
 /// Counts a request or connection as in progress for as long as it lives.
 pub struct Active(Rc<Endpoint>);
 
@@ -145,6 +160,22 @@ impl Cluster {
     #[must_use]
     pub fn spec(&self) -> &Resolved {
         &self.spec
+    }
+
+    /// What this thread has to do with each endpoint right now.
+    #[must_use]
+    pub fn report(&self) -> Vec<EndpointReport> {
+        let dialled = self.dialled.borrow();
+        let endpoints = self.endpoints.iter().chain(dialled.values());
+        endpoints
+            .map(|endpoint| EndpointReport {
+                cluster: self.spec.name.clone(),
+                addresses: endpoint.addresses.clone(),
+                active: endpoint.active.get(),
+                weight: endpoint.weight,
+                priority: endpoint.priority,
+            })
+            .collect()
     }
 
     /// The endpoint for one connection or request.

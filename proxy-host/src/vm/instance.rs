@@ -241,6 +241,12 @@ impl Vm {
         self.stream(context).map(|stream| &mut stream.filter_state)
     }
 
+    /// A property that the guest set on the stream, by its whole path.
+    pub fn own_property(&mut self, context: ContextId, path: &[u8]) -> Option<Bytes> {
+        let own = &self.stream(context)?.own_properties;
+        own.iter().find(|(key, _)| key == path).map(|(_, value)| value.clone())
+    }
+
     fn stream(&mut self, context: ContextId) -> Option<&mut Stream> {
         self.instance.store.data_mut().streams.get_mut(&context.0).map(|stream| &mut **stream)
     }
