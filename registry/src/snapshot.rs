@@ -156,7 +156,9 @@ impl Pages {
                 let before = self.deep.range(..=start).next_back().map(|(at, (id, _))| at + places(*id).1);
                 let after = self.deep.range(start..).next().map(|(at, _)| *at);
                 let entry = self.above(start).ok_or(overlap.clone())?;
-                if entry.at < DEEP || before.is_some_and(|end| end > start) || after.is_some_and(|at| at < start + width)
+                if entry.at < DEEP
+                    || before.is_some_and(|end| end > start)
+                    || after.is_some_and(|at| at < start + width)
                 {
                     return Err(overlap);
                 }
