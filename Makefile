@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm test test-unit conformance lint check-wasm fuzz-smoke bench gen ci
+.PHONY: help build run wasm test test-unit conformance test-envoy lint check-wasm fuzz-smoke bench gen ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
 KINDS := ServiceEntry WorkloadEntry
@@ -19,14 +19,17 @@ run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 
 wasm:  ## filter.wasm, as proxy-host carries it: target/filter/wasm32-wasip1/wasm/portolan_filter.wasm
 	cargo build --locked -p portolan-filter --lib --profile wasm --target wasm32-wasip1 --target-dir target/filter
 
-test: lint check-wasm test-unit conformance fuzz-smoke  ## all of these
+test: lint check-wasm test-unit conformance test-envoy fuzz-smoke  ## all of these
 	@echo "make test: all passed"
 
 test-unit: build  ## cargo test of every crate
 	cargo test --workspace --locked --no-fail-fast
 
-conformance: build  ## recorded answers of istiod and Envoy, our differences and the examples, in a namespace (root)
+conformance: build  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
 	tests/conformance/run.sh $(KINDS)
+
+test-envoy: build  ## a real Envoy, and proxy-host, while things change or fail; the quick start (root)
+	tests/envoy/run.sh
 
 lint:  ## formatting and clippy; warnings are errors
 	cargo fmt --check

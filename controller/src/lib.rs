@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod compile;
 pub mod config;
 pub mod embed;
+pub mod envoy;
 pub mod model;
 pub mod publish;
 pub mod serve;

@@ -10,7 +10,8 @@ use std::process::ExitCode;
     name = "portolan",
     version,
     about = "Decides where outbound traffic goes, from Istio's own resources",
-    after_help = "Try `portolan validate --help` for what is checked and how to read the findings."
+    after_help = "Each command explains itself: `portolan serve --help` tells how to serve a fleet, `portolan bootstrap envoy \
+                  --help` how to start an Envoy for it, `portolan validate --help` what is checked before."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -20,11 +21,15 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     // Its help stands with its arguments.
+    Serve(commands::serve::Serve),
+    Bootstrap(commands::bootstrap::Bootstrap),
     Validate(commands::validate::Validate),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
+        Command::Serve(command) => command.run(),
+        Command::Bootstrap(command) => command.run(),
         Command::Validate(command) => command.run(),
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cluster;
 use crate::compile::{Compiler, Conflict, Update};
+use crate::model::Kind;
 use crate::model::{Change, MeshConfig, Object, ObjectKey, Scope};
 
 /// How long a scope stays compiled after its last subscriber left.
@@ -43,6 +44,8 @@ pub struct Published {
     pub digest: u64,
     /// Listener plans by port.
     pub plans: BTreeMap<u16, Arc<ListenerPlan>>,
+    /// The mesh's `proxyHttpPort`.
+    pub proxy_http_port: Option<u16>,
 }
 
 impl Published {
@@ -66,6 +69,16 @@ enum Command {
     Mesh(Box<MeshConfig>, oneshot::Sender<()>),
     Subscribe(Box<Scope>, oneshot::Sender<watch::Receiver<Arc<Published>>>),
     Clusters { scope: Box<Scope>, names: Vec<String>, since: Option<u64>, answer: oneshot::Sender<Clusters> },
+    Overview(oneshot::Sender<Overview>),
+}
+
+/// What the engine holds, for people.
+#[derive(Debug, Clone, Default)]
+pub struct Overview {
+    /// Objects by kind.
+    pub objects: BTreeMap<Kind, usize>,
+    /// The scopes that are compiled, and what is in force for each.
+    pub scopes: Vec<(Scope, Arc<Published>)>,
 }
 
 /// Handle to the engine; clones share it, and it ends with the last of them.
@@ -123,6 +136,14 @@ impl Publisher {
         self.ask(|answer| Command::Clusters { scope: Box::new(scope), names, since, answer }).await
     }
 
+    /// Says what is held and in force.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn overview(&self) -> Result<Overview, Ended> {
+        self.ask(Command::Overview).await
+    }
+
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Ended> {
         let (answer, reply) = oneshot::channel();
         self.commands.send(command(answer)).map_err(|_| Ended)?;
@@ -162,6 +183,7 @@ impl Engine {
                 let clusters = names.into_iter().filter(|n| state.may_differ(n, since));
                 let _ = answer.send(clusters.map(|n| (n.clone(), state.compiler.cluster(&n))).collect());
             }
+            Command::Overview(answer) => drop(answer.send(self.overview())),
         }
     }
 
@@ -189,6 +211,17 @@ impl Engine {
             true
         });
         conflicts
+    }
+
+    fn overview(&self) -> Overview {
+        let mut objects = BTreeMap::new();
+        for key in self.objects.keys() {
+            *objects.entry(key.kind).or_default() += 1;
+        }
+        let in_force = |(scope, state): (&Scope, &ScopeState)| (scope.clone(), state.published.borrow().clone());
+        let mut scopes: Vec<_> = self.scopes.iter().map(in_force).collect();
+        scopes.sort_by(|(a, _), (b, _)| (&a.namespace, &a.ips).cmp(&(&b.namespace, &b.ips)));
+        Overview { objects, scopes }
     }
 
     fn set_mesh(&mut self, mesh: MeshConfig) {
@@ -278,7 +311,7 @@ impl ScopeState {
             }
         }
         let digest = self.compiler.digest();
-        self.published.send_replace(Arc::new(Published { version, pages, digest, plans }));
+        self.published.send_replace(Arc::new(Published { version, pages, digest, plans, ..*held }));
     }
 }
 
@@ -289,5 +322,6 @@ fn whole(version: u64, compiler: &Compiler) -> Published {
         pages: compiler.pages().map(page).collect(),
         digest: compiler.digest(),
         plans: compiler.plans().iter().map(|(port, plan)| (*port, Arc::new(plan.clone()))).collect(),
+        proxy_http_port: compiler.proxy_http_port(),
     }
 }

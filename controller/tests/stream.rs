@@ -14,9 +14,10 @@ use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::core::v3::Node;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use portolan_proto::envoy::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use portolan_proto::envoy::google::protobuf::{ListValue, Struct, Value, value};
 use portolan_proto::v1::registry_client::RegistryClient;
 use portolan_proto::v1::{self, ListenerPlan, Subscribe, WatchRequest, WatchResponse, watch_request::Message as Say};
-use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL};
+use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
 use portolan_registry::page::FORMAT;
 use portolan_registry::snapshot::Snapshot;
 use prost::Message;
@@ -164,10 +165,13 @@ struct Discovery {
 
 impl Discovery {
     async fn new(controller: &Controller, first: DeltaDiscoveryRequest) -> Self {
-        let (say, requests) = mpsc::unbounded_channel();
         let id = "sidecar~1.1.1.1~app.default~default.svc.cluster.local".to_owned();
-        let node = Some(Node { id, ..Node::default() });
-        say.send(DeltaDiscoveryRequest { node, ..first }).unwrap();
+        Self::of(controller, Node { id, ..Node::default() }, first).await
+    }
+
+    async fn of(controller: &Controller, node: Node, first: DeltaDiscoveryRequest) -> Self {
+        let (say, requests) = mpsc::unbounded_channel();
+        say.send(DeltaDiscoveryRequest { node: Some(node), ..first }).unwrap();
         let mut client = AggregatedDiscoveryServiceClient::new(channel(controller).await);
         let stream = client.delta_aggregated_resources(UnboundedReceiverStream::new(requests));
         Discovery { say, hear: stream.await.unwrap().into_inner() }
@@ -272,6 +276,77 @@ async fn plans_follow_the_ports() {
     };
     let (got, _, _) = Discovery::new(&controller, resumed).await.next().await;
     assert_eq!(got.keys().collect::<Vec<_>>(), ["0", "443"], "port 80 is held as it is");
+}
+
+fn envoy(metadata: &str) -> Node {
+    let text = |s: &str| Value { kind: Some(value::Kind::StringValue(s.to_owned())) };
+    let fields = [("filter", text("/filter.wasm")), ("controller", text("portolan")), ("httpProxy", list(metadata))];
+    let settings = Struct { fields: fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect() };
+    let settings = Value { kind: Some(value::Kind::StructValue(settings)) };
+    Node {
+        id: "sidecar~1.1.1.1~app.default~default.svc.cluster.local".to_owned(),
+        user_agent_name: "envoy".to_owned(),
+        metadata: Some(Struct { fields: [("PORTOLAN".to_owned(), settings)].into() }),
+        ..Node::default()
+    }
+}
+
+fn list(entry: &str) -> Value {
+    let values = vec![Value { kind: Some(value::Kind::StringValue(entry.to_owned())) }];
+    Value { kind: Some(value::Kind::ListValue(ListValue { values })) }
+}
+
+#[tokio::test]
+async fn envoy_gets_listeners_and_hears_of_ports_that_come_and_go() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(80, Http)]))]).await;
+    let mut node = envoy("127.0.0.1:15080");
+    let settings = node.metadata.as_mut().unwrap().fields.get_mut("PORTOLAN").unwrap();
+    if let Some(value::Kind::StructValue(settings)) = &mut settings.kind {
+        settings.fields.insert("transparent".to_owned(), Value { kind: Some(value::Kind::NumberValue(15001.0)) });
+    }
+    let mut client = Discovery::of(&controller, node, ask(LISTENER_TYPE_URL, &[])).await;
+    let (got, ..) = client.next().await;
+    assert_eq!(got.keys().collect::<Vec<_>>(), ["0.0.0.0_80", "127.0.0.1_15080", "virtualOutbound"]);
+    controller.apply(one_more("b", "b.com")).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.len(), got.contains_key("0.0.0.0_443"), removed.len()), (1, true, 0));
+    let gone = one_more("b", "b.com").remove(0);
+    let Change::Apply(gone) = gone else { panic!("one_more applies") };
+    controller.apply(vec![Change::Delete(gone.key())]).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.len(), removed), (0, vec!["0.0.0.0_443".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_node_without_settings_is_told_how_to_get_them() {
+    let controller = controller(Vec::new()).await;
+    for (node, expected) in [
+        (Node { metadata: None, ..envoy("127.0.0.1:1") }, "portolan bootstrap envoy"),
+        (envoy("127.0.0.1"), "invalid socket address"),
+    ] {
+        let mut client = Discovery::of(&controller, node, ask(LISTENER_TYPE_URL, &[])).await;
+        let status = client.hear.message().await.unwrap_err();
+        assert!(status.message().contains(expected), "{}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn to_envoy_a_cluster_that_is_not_there_is_an_empty_one_until_it_is() {
+    let controller = controller(Vec::new()).await;
+    let late = "outbound|80||late.com";
+    let mut client = Discovery::of(&controller, envoy("127.0.0.1:1"), ask(CLUSTER_TYPE_URL, &[late])).await;
+    let (got, removed, _) = client.next().await;
+    let empty = Cluster::decode(&got[late][..]).unwrap();
+    assert_eq!((empty.load_assignment, removed.len()), (None, 0));
+    controller.apply(one_more("other", "other.com")).await.unwrap();
+    let change = one_more("late", "late.com");
+    controller.apply(change.clone()).await.unwrap();
+    let (got, ..) = client.next().await;
+    assert!(Cluster::decode(&got[late][..]).unwrap().load_assignment.is_some());
+    let Some(Change::Apply(object)) = change.into_iter().next() else { panic!("one_more applies") };
+    controller.apply(vec![Change::Delete(object.key())]).await.unwrap();
+    let (got, removed, _) = client.next().await;
+    assert_eq!((got.len(), removed), (0, vec![late.to_owned()]), "what was there and goes is removed");
 }
 
 #[tokio::test]

@@ -17,3 +17,5 @@ pub use envoy_types::pb as envoy;
 pub const LISTENER_PLAN_TYPE_URL: &str = "type.googleapis.com/portolan.v1.ListenerPlan";
 /// Type URL of Envoy's cluster in delta discovery.
 pub const CLUSTER_TYPE_URL: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+/// Type URL of Envoy's listener in delta discovery.
+pub const LISTENER_TYPE_URL: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";

@@ -1,24 +1,17 @@
 #!/usr/bin/env bash
-# run.sh KIND...: the recorded cases of these kinds, the differences and the examples, against proxy-host in a namespace.
+# run.sh KIND...: the recorded cases of these kinds, the differences and the examples, in namespaces: against proxy-host,
+# and against a real Envoy with `portolan serve` behind it, two cases at a time.
 set -euo pipefail
 cd "$(dirname "$0")"
-venv=../../.venv
-
-has() { for tool in "$@"; do command -v "$tool" >/dev/null || return 1; done; }
-tools=(ip iptables openssl ss setpriv python3)
-if ! has "${tools[@]}" && [ "$(id -u)" = 0 ] && has apt-get; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y iproute2 iptables openssl util-linux python3-venv >/dev/null
-fi
-if ! has "${tools[@]}" || [ "$(id -u)" != 0 ]; then
-    echo "SKIPPED: the conformance cases need root and ${tools[*]}"
-    [ "${CI:-}" = true ] && exit 1
-    exit 0
-fi
-if ! "$venv/bin/python" -c 'import yaml, h2' 2>/dev/null; then
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install -q pyyaml h2
-fi
-PATH=$(cd "$venv/bin" && pwd):$PATH
+. ../rig-env.sh
+rig_env "the conformance cases"
 mapfile -t cases < <(python select_cases.py "$@")
-exec python rig.py check ./sut-proxy-host "${cases[@]}" differences/* examples/*
+failed=0
+echo "== proxy-host"
+python rig.py check ./sut-proxy-host "${cases[@]}" differences/* examples/* || failed=1
+echo "== envoy"
+half=$((${#cases[@]} / 2))
+python rig.py check ./sut-envoy "${cases[@]:0:half}" examples/* & first=$!
+python rig.py check ./sut-envoy "${cases[@]:half}" differences/* || failed=1
+wait "$first" || failed=1
+exit "$failed"

@@ -148,6 +148,8 @@ fn forward_proxy(name: &str, cx: &Context) -> Cluster {
                 ..DnsCacheConfig::default()
             }),
         ),
+        // It speaks plain text: there is no server name to set and no certificate to look at.
+        allow_insecure_cluster_options: true,
         ..forward::ClusterConfig::default()
     };
     Cluster {

@@ -1,3 +1,5 @@
 //! The subcommands, one module each.
 
+pub mod bootstrap;
+pub mod serve;
 pub mod validate;

@@ -53,6 +53,8 @@ pub(crate) struct PortClaim {
     /// A chain without any condition.
     pub(crate) all: bool,
     pub(crate) sni: bool,
+    /// The server name that was asked for is dialled.
+    pub(crate) dials: bool,
 }
 
 /// A domain that is not the host name itself.
@@ -188,17 +190,20 @@ impl Group {
         let mut out: Vec<(u16, Order, PortClaim)> = Vec::new();
         for chain in self.chains.iter().filter(|c| !matches!(c.bind, Bind::Address(_))) {
             let Some(order) = self.order(chain) else { continue };
+            let resolution = self.service(chain.service).map(|s| s.member.source.resolution());
             let claim = PortClaim {
                 protocol: chain.protocol,
                 http: chain.http,
                 all: chain.tcp && chain.sni.is_none() && chain.bind == Bind::Wildcard,
                 sni: chain.sni.is_some(),
+                dials: tls_class(chain.protocol) && resolution == Some(Resolution::DynamicDns),
             };
             match out.last_mut() {
                 Some((port, last, merged)) if *port == chain.port && *last == order => {
                     merged.http |= claim.http;
                     merged.all |= claim.all;
                     merged.sni |= claim.sni;
+                    merged.dials |= claim.dials;
                 }
                 _ => out.push((chain.port, order, claim)),
             }

@@ -437,6 +437,11 @@ impl Compiler {
         &self.plans
     }
 
+    /// The mesh's `proxyHttpPort`.
+    pub fn proxy_http_port(&self) -> Option<u16> {
+        self.cx.mesh.proxy_http_port
+    }
+
     /// Builds the cluster of this name; `None`: there is none (SEMANTICS 2.7).
     pub fn cluster(&self, name: &str) -> Option<Cluster> {
         if let Some(cluster) = cluster::special(name, &self.cx) {

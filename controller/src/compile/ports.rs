@@ -46,6 +46,7 @@ pub(crate) struct PortState {
     all: BTreeSet<Order>,
     http: usize,
     sni: usize,
+    dials: usize,
     /// Claims of protocols that share with nobody.
     alone: usize,
     mode: Mode,
@@ -60,6 +61,7 @@ impl PortState {
         self.remove(&order);
         self.http += usize::from(claim.http);
         self.sni += usize::from(claim.sni);
+        self.dials += usize::from(claim.dials);
         self.alone += usize::from(alone(claim.protocol));
         if claim.all {
             self.all.insert(order.clone());
@@ -71,6 +73,7 @@ impl PortState {
         if let Some(claim) = self.claims.remove(order) {
             self.http -= usize::from(claim.http);
             self.sni -= usize::from(claim.sni);
+            self.dials -= usize::from(claim.dials);
             self.alone -= usize::from(alone(claim.protocol));
             self.all.remove(order);
         }
@@ -137,7 +140,8 @@ impl PortState {
 
     /// The listener plan of the port (SEMANTICS 3.4); `None` without listeners.
     pub(crate) fn plan(&self, port: u16) -> Option<ListenerPlan> {
-        let sni = self.mode == Mode::Shared && self.sni > 0 || self.nets.values().any(|sni| *sni);
+        let dials = self.mode == Mode::Shared && self.dials > 0;
+        let sni = dials || self.mode == Mode::Shared && self.sni > 0 || self.nets.values().any(|sni| *sni);
         let wildcard = self.wildcard().then(|| Inspection { tls: sni, http: self.http() });
         (wildcard.is_some() || !self.addresses.is_empty()).then(|| ListenerPlan {
             port: port.into(),
@@ -151,6 +155,7 @@ impl PortState {
                     inspection: Some(Inspection { tls: false, http: *http }),
                 })
                 .collect(),
+            dials_server_names: dials,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Delta discovery: listener plans, and Envoy clusters on demand. A resource is sent when it is asked for, and again
+//! Delta discovery: listener plans, Envoy's listeners made of them, and clusters on demand. A resource is sent when it is asked for, and again
 //! when it is not what was sent last; one that does not exist is answered as removed, and sent should it come to be.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,15 +13,20 @@ use portolan_proto::envoy::envoy::service::discovery::v3::{
 };
 use portolan_proto::envoy::google::protobuf::{Any, Value, value::Kind};
 use portolan_proto::v1::ListenerPlan;
-use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL};
+use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::listeners::Listeners;
+use super::peer::{self, Peer};
+use super::sessions::{Listed, Session};
 use super::{Counters, Open};
 use crate::cluster;
+use crate::envoy::listeners::Renderer;
+use crate::envoy::settings::Settings;
 use crate::model::{Role, Scope};
 use crate::publish::{Published, Publisher};
 
@@ -35,6 +40,9 @@ impl Service {
         Service { publisher, counters }
     }
 }
+
+/// Version of a cluster that stands for one that does not exist.
+const ABSENT: &str = "absent";
 
 type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
 
@@ -59,7 +67,8 @@ impl AggregatedDiscoveryService for Service {
         tokio::spawn(async move {
             let _open = Open::new(counters.clone(), |c| &c.discovery_streams);
             let failed = responses.clone();
-            if let Err(status) = serve(request.into_inner(), publisher, counters, responses).await {
+            let peer = peer::of(&request);
+            if let Err(status) = serve(request.into_inner(), peer, publisher, counters, responses).await {
                 let _ = failed.send(Err(status)).await;
             }
         });
@@ -108,8 +117,31 @@ impl Subscription {
         wanted
     }
 
+    fn holds(&self, name: &str, version: &str) -> bool {
+        self.held.get(name).is_some_and(|held| held.as_deref() == Some(version))
+    }
+
     fn wants(&self, name: &str) -> bool {
         self.wildcard || self.names.contains(name)
+    }
+
+    /// Notes all resources of the type as they are now; says which the client does not hold so, and which of those that
+    /// it holds or wants are not there.
+    fn changes<'n>(&mut self, all: impl Iterator<Item = (&'n String, &'n String)>, wanted: &[String]) -> Changes {
+        let (mut differ, mut present) = (BTreeSet::new(), BTreeSet::new());
+        for (name, version) in all {
+            if self.wants(name) && self.differs(name, Some(version)) {
+                differ.insert(name.clone());
+            }
+            present.insert(name);
+        }
+        let gone = self.held.iter().filter(|(name, held)| held.is_some() && !present.contains(name));
+        let mut removed: BTreeSet<String> = gone.map(|(name, _)| name.clone()).collect();
+        removed.extend(wanted.iter().filter(|n| !present.contains(n)).cloned());
+        for name in &removed {
+            self.held.insert(name.clone(), None);
+        }
+        Changes { differ, removed, answer: false }
     }
 
     /// Notes a resource as it is now; true if the client has to be told.
@@ -120,12 +152,22 @@ impl Subscription {
     }
 }
 
+/// What a client has to be told.
+struct Changes {
+    differ: BTreeSet<String>,
+    removed: BTreeSet<String>,
+    /// It has asked, and is answered even if there is nothing to say.
+    answer: bool,
+}
+
 struct Stream {
     publisher: Publisher,
     counters: Arc<Counters>,
     responses: Responses,
     scope: Scope,
-    node: String,
+    node: Node,
+    session: Listed,
+    listeners: Option<Listeners>,
     published: watch::Receiver<Arc<Published>>,
     subscriptions: BTreeMap<String, Subscription>,
     /// Version up to which clusters were looked at.
@@ -135,6 +177,7 @@ struct Stream {
 
 async fn serve(
     mut requests: Streaming<DeltaDiscoveryRequest>,
+    peer: Option<Peer>,
     publisher: Publisher,
     counters: Arc<Counters>,
     responses: Responses,
@@ -142,12 +185,26 @@ async fn serve(
     let Some(first) = requests.message().await? else { return Ok(()) };
     let node = first.node.clone().unwrap_or_default();
     let scope = scope(&node);
+    peer::agree(peer.as_ref(), &scope.namespace).inspect_err(|_| Counters::add(&counters.denied, 1))?;
     tracing::info!(node = node.id, ?scope, "discovery stream opened");
+    let session = Listed::new(&counters, Session::new("discovery", &node.id, peer.as_ref(), &scope));
     let mut published = publisher.subscribe(scope.clone()).await.map_err(ended)?;
     let seen = published.borrow_and_update().version;
     let subscriptions = BTreeMap::new();
-    let mut stream =
-        Stream { publisher, counters, responses, scope, node: node.id, published, subscriptions, seen, nonce: 0 };
+    let listeners = None;
+    let mut stream = Stream {
+        publisher,
+        counters,
+        responses,
+        scope,
+        node,
+        session,
+        listeners,
+        published,
+        subscriptions,
+        seen,
+        nonce: 0,
+    };
     stream.request(first).await?;
     loop {
         tokio::select! {
@@ -172,7 +229,8 @@ impl Stream {
         let url = request.type_url.clone();
         if let Some(error) = &request.error_detail {
             Counters::add(&self.counters.discovery_nacks, 1);
-            let (node, reason) = (&self.node, &error.message);
+            let (node, reason) = (&self.node.id, &error.message);
+            self.session.note(|s| s.refused = Some(format!("{url}: {reason}")));
             tracing::warn!(node, url, nonce = request.response_nonce, reason, "resources refused");
         }
         let first = !self.subscriptions.contains_key(&url);
@@ -184,6 +242,7 @@ impl Stream {
         }
         match url.as_str() {
             LISTENER_PLAN_TYPE_URL => self.send_plans(&wanted, true).await,
+            LISTENER_TYPE_URL => self.send_listeners(&wanted, true).await,
             CLUSTER_TYPE_URL => {
                 let mut names = wanted;
                 if first && let Some(subscription) = self.subscriptions.get(&url) {
@@ -201,6 +260,9 @@ impl Stream {
         if self.subscriptions.contains_key(LISTENER_PLAN_TYPE_URL) {
             self.send_plans(&[], false).await?;
         }
+        if self.subscriptions.contains_key(LISTENER_TYPE_URL) {
+            self.send_listeners(&[], false).await?;
+        }
         let since = std::mem::replace(&mut self.seen, version);
         let names = self.subscriptions.get(CLUSTER_TYPE_URL).map(|s| s.names.iter().cloned().collect());
         match names {
@@ -212,27 +274,48 @@ impl Stream {
     /// Sends the plans that the client does not hold as they are, and says which of the wanted ones are not there.
     async fn send_plans(&mut self, wanted: &[String], answer: bool) -> Result<(), Status> {
         let published = self.published.borrow().clone();
+        let named = published.plans.iter().map(|(port, plan)| (port.to_string(), plan));
+        let plans: Vec<_> = named.map(|(name, plan)| (name, plan_version(plan), plan)).collect();
         let Some(subscription) = self.subscriptions.get_mut(LISTENER_PLAN_TYPE_URL) else { return Ok(()) };
-        let mut resources = Vec::new();
-        let mut present = BTreeSet::new();
-        for (port, plan) in &published.plans {
-            let name = port.to_string();
-            let version = plan_version(plan);
-            if subscription.wants(&name) && subscription.differs(&name, Some(&version)) {
-                resources.push(resource(&name, version, LISTENER_PLAN_TYPE_URL, plan.encode_to_vec()));
-            }
-            present.insert(name);
+        let mut changes = subscription.changes(plans.iter().map(|(name, version, _)| (name, version)), wanted);
+        changes.answer = answer;
+        let resources = plans.iter().filter(|(name, ..)| changes.differ.contains(name));
+        let resources = resources
+            .map(|(name, version, plan)| resource(name, version.clone(), LISTENER_PLAN_TYPE_URL, plan.encode_to_vec()));
+        let resources = resources.collect();
+        self.send(LISTENER_PLAN_TYPE_URL, resources, changes).await
+    }
+
+    /// The same for the listeners of an Envoy.
+    async fn send_listeners(&mut self, wanted: &[String], answer: bool) -> Result<(), Status> {
+        let published = self.published.borrow().clone();
+        if self.listeners.is_none() {
+            let settings = Settings::read(&self.node).map_err(|error| {
+                tracing::warn!(node = self.node.id, %error, "no listeners can be made");
+                Status::invalid_argument(error.to_string())
+            })?;
+            self.listeners = Some(Listeners::new(Renderer::new(&settings, &self.scope, &self.node.id)));
         }
-        let gone = subscription.held.iter().filter(|(name, held)| held.is_some() && !present.contains(*name));
-        let mut removed: BTreeSet<String> = gone.map(|(name, _)| name.clone()).collect();
-        removed.extend(wanted.iter().filter(|n| !present.contains(*n)).cloned());
-        for name in &removed {
-            subscription.held.insert(name.clone(), None);
-        }
-        if resources.is_empty() && removed.is_empty() && !answer {
+        let (Some(listeners), Some(subscription)) =
+            (&mut self.listeners, self.subscriptions.get_mut(LISTENER_TYPE_URL))
+        else {
+            return Ok(());
+        };
+        let current = listeners.follow(&published);
+        let mut changes = subscription.changes(current.iter().map(|(name, held)| (name, &held.version)), wanted);
+        changes.answer = answer;
+        let resources = current.iter().filter(|(name, _)| changes.differ.contains(*name));
+        let resources = resources
+            .map(|(name, held)| resource(name, held.version.clone(), LISTENER_TYPE_URL, held.bytes.clone()))
+            .collect();
+        self.send(LISTENER_TYPE_URL, resources, changes).await
+    }
+
+    async fn send(&mut self, url: &str, resources: Vec<Resource>, changes: Changes) -> Result<(), Status> {
+        if resources.is_empty() && changes.removed.is_empty() && !changes.answer {
             return Ok(());
         }
-        self.respond(LISTENER_PLAN_TYPE_URL, resources, removed.into_iter().collect()).await
+        self.respond(url, resources, changes.removed.into_iter().collect()).await
     }
 
     async fn send_clusters(&mut self, names: Vec<String>, since: Option<u64>, answer: bool) -> Result<(), Status> {
@@ -242,8 +325,23 @@ impl Stream {
         };
         let Some(subscription) = self.subscriptions.get_mut(CLUSTER_TYPE_URL) else { return Ok(()) };
         let (mut resources, mut removed) = (Vec::new(), Vec::new());
+        let envoy = self.node.user_agent_name == "envoy";
         for (name, cluster) in clusters {
-            let version = cluster.as_ref().map(cluster_version);
+            let (cluster, version) = match cluster {
+                // To an Envoy that asks for it, what is not there is a cluster without endpoints: that refuses at once,
+                // where of one that it was told is gone every later request would wait in vain.
+                None if envoy && (answer || subscription.holds(&name, ABSENT)) => {
+                    (Some(crate::envoy::absent(&name)), Some(ABSENT.to_owned()))
+                }
+                None => (None, None),
+                Some(mut cluster) => {
+                    let version = cluster_version(&cluster);
+                    if envoy {
+                        crate::envoy::adapt(&mut cluster);
+                    }
+                    (Some(cluster), Some(version))
+                }
+            };
             if !subscription.differs(&name, version.as_deref()) {
                 continue;
             }
@@ -263,7 +361,7 @@ impl Stream {
     async fn respond(&mut self, url: &str, resources: Vec<Resource>, removed: Vec<String>) -> Result<(), Status> {
         self.nonce += 1;
         Counters::add(&self.counters.resources, resources.len());
-        let (node, sent, gone) = (&self.node, resources.len(), removed.len());
+        let (node, sent, gone) = (&self.node.id, resources.len(), removed.len());
         tracing::debug!(node, url, nonce = self.nonce, resources = sent, removed = gone, "resources sent");
         let response = DeltaDiscoveryResponse {
             system_version_info: self.seen.to_string(),

@@ -1,7 +1,12 @@
 //! The controller's gRPC services, for a listener of any kind: TCP, or a pipe within the process.
 
+pub mod admin;
 mod discovery;
+mod listeners;
+pub mod peer;
 mod registry;
+pub mod sessions;
+pub mod tcp;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,6 +17,7 @@ use portolan_proto::v1;
 use portolan_proto::v1::registry_server::RegistryServer;
 use tonic::service::Routes;
 
+use self::sessions::Sessions;
 use crate::model::{Role, Scope};
 use crate::publish::Publisher;
 
@@ -34,6 +40,10 @@ pub struct Counters {
     pub resources: AtomicU64,
     /// Discovery responses refused.
     pub discovery_nacks: AtomicU64,
+    /// Subscribers refused because of who they are.
+    pub denied: AtomicU64,
+    /// The streams that are open.
+    pub sessions: Sessions,
 }
 
 impl Counters {
@@ -42,7 +52,7 @@ impl Counters {
     }
 
     /// All counters with their names.
-    pub fn all(&self) -> [(&'static str, u64); 8] {
+    pub fn all(&self) -> [(&'static str, u64); 9] {
         let read = |c: &AtomicU64| c.load(Ordering::Relaxed);
         [
             ("subscribers", read(&self.subscribers)),
@@ -53,6 +63,7 @@ impl Counters {
             ("discovery_streams", read(&self.discovery_streams)),
             ("resources", read(&self.resources)),
             ("discovery_nacks", read(&self.discovery_nacks)),
+            ("denied", read(&self.denied)),
         ]
     }
 }

@@ -15,6 +15,8 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::peer::{self, Peer};
+use super::sessions::{Listed, Session};
 use super::{Counters, Open};
 use crate::publish::{Published, Publisher};
 
@@ -45,7 +47,8 @@ impl Registry for Service {
         tokio::spawn(async move {
             let _open = Open::new(counters.clone(), |c| &c.subscribers);
             let failed = responses.clone();
-            if let Err(status) = serve(request.into_inner(), publisher, counters, responses).await {
+            let peer = peer::of(&request);
+            if let Err(status) = serve(request.into_inner(), peer, publisher, counters, responses).await {
                 let _ = failed.send(Err(status)).await;
             }
         });
@@ -94,6 +97,7 @@ struct Subscriber {
 
 async fn serve(
     mut requests: Streaming<WatchRequest>,
+    peer: Option<Peer>,
     publisher: Publisher,
     counters: Arc<Counters>,
     responses: mpsc::Sender<Result<WatchResponse, Status>>,
@@ -108,6 +112,9 @@ async fn serve(
     }
     let held = read_held(&subscribe.held)?;
     let scope = super::scope(subscribe.scope.unwrap_or_default());
+    peer::agree(peer.as_ref(), &scope.namespace).inspect_err(|_| Counters::add(&counters.denied, 1))?;
+    let session = Session::new("registry", &subscribe.subscriber, peer.as_ref(), &scope);
+    let session = Listed::new(&counters, session);
     let ended = |_| Status::unavailable("the compiler has ended");
     let mut published = publisher.subscribe(scope).await.map_err(ended)?;
     let mut subscriber = Subscriber {
@@ -126,7 +133,7 @@ async fn serve(
         tokio::select! {
             message = requests.next() => match message {
                 None => return Ok(()),
-                Some(message) => answered(&mut subscriber, message?, &counters),
+                Some(message) => answered(&mut subscriber, message?, &counters, &session),
             },
             changed = wait(&mut published, subscriber.sent.is_none()) => changed?,
             () = sleep_until(subscriber.deadline), if subscriber.sent.is_some() => {
@@ -152,13 +159,14 @@ async fn wait(published: &mut watch::Receiver<Arc<Published>>, ready: bool) -> R
     published.changed().await.map_err(|_| Status::unavailable("the compiler has ended"))
 }
 
-fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Counters) {
+fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Counters, session: &Listed) {
     let name = &subscriber.name;
     match message.message {
         Some(watch_request::Message::Ack(v1::Ack { version })) => {
             if let Some((_, held)) = subscriber.sent.take_if(|(sent, _)| *sent == version) {
                 subscriber.held = held;
                 subscriber.doubtful = None;
+                session.note(|s| s.version = version);
                 tracing::debug!(subscriber = name, version, "acknowledged");
             }
         }
@@ -166,6 +174,7 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
             if let Some((_, held)) = subscriber.sent.take_if(|(sent, _)| *sent == version) {
                 Counters::add(&counters.nacks, 1);
                 subscriber.doubtful.get_or_insert_default().extend(held.ids());
+                session.note(|s| s.refused = Some(format!("version {version}: {reason}")));
                 tracing::warn!(subscriber = name, version, reason, "refused: the last good update stays in force");
             }
         }

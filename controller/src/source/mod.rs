@@ -2,5 +2,5 @@
 
 pub mod ledger;
 pub mod read;
-mod watch;
+pub(crate) mod watch;
 pub mod yaml;

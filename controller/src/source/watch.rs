@@ -15,7 +15,7 @@ const DEBOUNCE: Duration = Duration::from_millis(8);
 const OPEN: Duration = Duration::from_millis(100);
 
 /// Files and directories under watch.
-pub(super) struct Watcher {
+pub(crate) struct Watcher {
     watcher: RecommendedWatcher,
     events: mpsc::UnboundedReceiver<notify::Result<Event>>,
     watched: BTreeSet<PathBuf>,
@@ -25,7 +25,7 @@ pub(super) struct Watcher {
 
 /// What is to be looked at.
 #[derive(Debug, Default)]
-pub(super) struct Due {
+pub(crate) struct Due {
     /// Paths that changed, came or went.
     pub paths: Vec<PathBuf>,
     /// Everything is to be looked at: events were lost, or something happened to a directory.
@@ -33,7 +33,7 @@ pub(super) struct Due {
 }
 
 impl Watcher {
-    pub(super) fn new() -> notify::Result<Watcher> {
+    pub(crate) fn new() -> notify::Result<Watcher> {
         let (sender, events) = mpsc::unbounded_channel();
         let watcher = notify::recommended_watcher(move |event| {
             // Nobody listens any more: the source is gone, and this watcher with it.
@@ -43,7 +43,7 @@ impl Watcher {
     }
 
     /// Watches exactly these directories, each without what lies below.
-    pub(super) fn watch(&mut self, directories: BTreeSet<PathBuf>) -> notify::Result<()> {
+    pub(crate) fn watch(&mut self, directories: BTreeSet<PathBuf>) -> notify::Result<()> {
         for gone in self.watched.difference(&directories) {
             // A directory that was removed is not watched any more either.
             let _ = self.watcher.unwatch(gone);
@@ -56,25 +56,25 @@ impl Watcher {
     }
 
     /// Forgets a directory, so that the next [`Watcher::watch`] watches what is there by then.
-    pub(super) fn forget(&mut self, directory: &Path) {
+    pub(crate) fn forget(&mut self, directory: &Path) {
         if self.watched.remove(directory) {
             let _ = self.watcher.unwatch(directory);
         }
     }
 
     /// Asks for a path to be looked at again after a while.
-    pub(super) fn again(&mut self, path: PathBuf, after: Duration) {
+    pub(crate) fn again(&mut self, path: PathBuf, after: Duration) {
         self.due.insert(path, Instant::now() + after);
     }
 
     /// Asks for everything to be looked at again after a while.
-    pub(super) fn rescan(&mut self, after: Duration) {
+    pub(crate) fn rescan(&mut self, after: Duration) {
         let at = Instant::now() + after;
         self.rescan = Some(self.rescan.map_or(at, |earlier| earlier.min(at)));
     }
 
     /// Waits until there is something to look at. Nothing is lost if the future is dropped.
-    pub(super) async fn next(&mut self) -> Due {
+    pub(crate) async fn next(&mut self) -> Due {
         loop {
             let soonest = self.due.values().copied().chain(self.rescan).min();
             match soonest {

@@ -434,6 +434,10 @@ pub struct ListenerPlan {
     /// Listeners of one address each; they take a connection before `wildcard` does.
     #[prost(message, repeated, tag = "4")]
     pub addresses: ::prost::alloc::vec::Vec<AddressListener>,
+    /// A connection to `wildcard` may go to whatever its server name resolves to, at this port. For hosts that resolve
+    /// names before they choose the cluster.
+    #[prost(bool, tag = "5")]
+    pub dials_server_names: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AddressListener {

@@ -103,6 +103,7 @@ mod tests {
             wildcard: Some(v1::Inspection { tls: true, http: true }),
             tcp_prefixes: vec!["10.2.0.0/16".into()],
             addresses: vec![v1::AddressListener { address: "10.0.0.1".into(), inspection: None }],
+            ..Default::default()
         }
     }
 

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""envoy.py PORTOLAN ORIGIN WASM ENVOY [ENTRIES]: a real Envoy with the filter, `portolan serve` behind it.
+
+Makes ENTRIES ServiceEntries of two ports in files of 100 and measures, each answer checked before it counts: memory of
+Envoy and the controller, bytes to a filter that connects and for one changed entry, from a change to its effect, CPU of a
+request against the same Envoy with one native route, the slowest request while everything changes, and memory after
+SOAK changes.
+"""
+import json, os, re, socket, statistics, subprocess, sys, tempfile, threading, time, urllib.request
+
+PORTOLAN, ORIGIN, WASM, ENVOY = (os.path.abspath(a) for a in sys.argv[1:5])
+ENTRIES = int(sys.argv[5]) if len(sys.argv) > 5 else 10_000
+SOAK = int(os.environ.get("SOAK", 10_000))
+PER_FILE = 100
+PORTS = {}
+
+
+def port(name):
+    if name not in PORTS:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            PORTS[name] = s.getsockname()[1]
+    return PORTS[name]
+
+
+def entry(i, path=""):
+    return f"""apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: entry-{i}, namespace: default}}
+spec:
+  hosts: [host{path}-{i}.example.com]
+  ports:
+  - {{number: {port('http')}, name: http, protocol: HTTP, targetPort: {port('origin')}}}
+  - {{number: {port('tls')}, name: tls, protocol: TLS}}
+  resolution: STATIC
+  endpoints: [{{address: 127.0.0.1}}]
+"""
+
+
+def write(folder, file, skip=None, path=""):
+    """Whole or not at all, as editors and kubelet do."""
+    ids = range(file * PER_FILE, min((file + 1) * PER_FILE, ENTRIES))
+    text = "---\n".join(entry(i, path) for i in ids if i != skip)
+    name = f"{folder}/entries-{file:05}.yaml"
+    with open(name + ".new", "w") as f:
+        f.write(text)
+    os.rename(name + ".new", name)
+
+
+class Client:
+    """One keep-alive connection."""
+    def __init__(self, to):
+        self.s = socket.create_connection(("127.0.0.1", to))
+        self.s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, host):
+        self.s.sendall((f"GET /index.html HTTP/1.1\r\nHost: {host}\r\nUser-Agent: bench\r\nAccept: */*\r\n"
+                        "Accept-Encoding: gzip\r\nX-Request-Id: 7d5f0a3c-2e7b-4f5e-9d53-0f6f3a0f1b2c\r\n\r\n").encode())
+
+    def receive(self):
+        buf = b""
+        while b"\r\n\r\n" not in buf:
+            d = self.s.recv(65536)
+            if not d:
+                raise ConnectionError("closed")
+            buf += d
+        head, _, body = buf.partition(b"\r\n\r\n")
+        m = re.search(rb"(?i)content-length: *(\d+)", head)
+        while m and len(body) < int(m.group(1)):
+            body += self.s.recv(65536)
+        return int(head[9:12])
+
+    def status(self, host):
+        self.send(host)
+        return self.receive()
+
+
+def until(host, wanted, limit=120):
+    """Seconds until a request is answered so."""
+    start, client = time.monotonic(), None
+    while time.monotonic() - start < limit:
+        try:
+            client = client or Client(port("http"))
+            if client.status(host) == wanted:
+                return time.monotonic() - start
+        except OSError:
+            client = None
+            time.sleep(0.002)
+    raise SystemExit(f"{host} was not answered with {wanted} within {limit} s")
+
+
+def memory(process):
+    text = open(f"/proc/{process.pid}/status").read()
+    return int(re.search(r"VmRSS:\s+(\d+)", text).group(1)) / 1024
+
+
+def cpu(process):
+    fields = open(f"/proc/{process.pid}/stat").read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def metric(name):
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port('admin')}/metrics").read().decode()
+    return next(int(line.split()[-1]) for line in text.splitlines() if re.match(rf"portolan_{name}(_total)? ", line))
+
+
+def load(to, host, requests, connections=8):
+    """Closed loop over some connections."""
+    clients = [Client(to) for _ in range(connections)]
+    for _ in range(requests // connections):
+        for c in clients:
+            c.send(host)
+        for c in clients:
+            if c.receive() != 200:
+                raise SystemExit(f"{host} on port {to} was refused under load")
+
+
+def native():
+    """One listener, one route, one cluster: what Envoy costs without us."""
+    cluster = {"name": "origin", "type": "STATIC", "load_assignment": {"cluster_name": "origin", "endpoints": [{"lb_endpoints": [
+        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port("origin")}}}}]}]}}
+    manager = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "native", "normalize_path": True, "stream_idle_timeout": "0s",
+        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": True, "routes": [
+            {"match": {"prefix": "/"}, "route": {"cluster": "origin", "timeout": "0s"}}]}]}}
+    return {"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port("native admin")}}},
+            "static_resources": {"clusters": [cluster], "listeners": [{
+                "name": "native", "address": {"socket_address": {"address": "127.0.0.1", "port_value": port("native")}},
+                "filter_chains": [{"filters": [{"name": "hcm", "typed_config": manager}]}]}]}}
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        config = f"{folder}/config"
+        os.mkdir(config)
+        with open(f"{config}/mesh.yaml", "w") as f:
+            f.write("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")
+        files = (ENTRIES + PER_FILE - 1) // PER_FILE
+        for file in range(files):
+            write(config, file)
+        processes = []
+
+        def start(*command):
+            processes.append(subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL))
+            return processes[-1]
+        try:
+            start(ORIGIN, "--listen", f"127.0.0.1:{port('origin')}")
+            begun = time.monotonic()
+            controller = start(PORTOLAN, "serve", "--config", config, "--listen", f"127.0.0.1:{port('serve')}",
+                               "--admin", f"127.0.0.1:{port('admin')}", "--log-level", "error")
+            bootstrap = subprocess.run(
+                [PORTOLAN, "bootstrap", "envoy", "--plaintext", "--controller", f"127.0.0.1:{port('serve')}", "--filter", WASM,
+                 "--bind-ports", "127.0.0.1", "--admin", f"127.0.0.1:{port('envoy admin')}"], check=True, capture_output=True)
+            with open(f"{folder}/envoy.yaml", "wb") as f:
+                f.write(bootstrap.stdout)
+            with open(f"{folder}/native.yaml", "w") as f:
+                json.dump(native(), f)
+            options = ["--use-dynamic-base-id", "-l", "error", "--concurrency"]
+            envoy = start(ENVOY, "-c", f"{folder}/envoy.yaml", *options, 1)
+            plain = start(ENVOY, "-c", f"{folder}/native.yaml", *options, 1)
+            last = f"host-{ENTRIES - 1}.example.com"
+            until(last, 200)
+            print(f"{ENTRIES} entries: {time.monotonic() - begun:.2f} s from nothing to the first right answer", flush=True)
+            client = Client(port("http"))
+            assert client.status("host-0.example.com") == 200 and client.status("nobody.example.com") == 502
+            subscribers = metric("subscribers")
+            print(f"bytes to a connecting filter: {metric('bytes') / subscribers / 1e6:.2f} MB per VM, {subscribers} VMs")
+            print(f"memory: Envoy {memory(envoy):.0f} MB (the same without us {memory(plain):.0f}), "
+                  f"controller {memory(controller):.0f} MB", flush=True)
+
+            times, before = [], (metric("bytes"), metric("updates"))
+            for n in range(100):
+                file = (n * 37) % files
+                changed = file * PER_FILE
+                for skip, wanted in ((changed, 502), (None, 200)):
+                    write(config, file, skip)
+                    times.append(until(f"host-{changed}.example.com", wanted, 10) * 1000)
+            times.sort()
+            sent, updates = metric("bytes") - before[0], metric("updates") - before[1]
+            print(f"one changed entry: {sent / updates:.0f} bytes per filter; in effect after {statistics.median(times):.1f} ms "
+                  f"(median of {len(times)}), p99 {times[int(len(times) * 0.99)]:.1f} ms, {times[-1]:.1f} ms at most", flush=True)
+
+            def spent(process, to, host, requests=24_000):
+                before = cpu(process)
+                load(to, host, requests)
+                return (cpu(process) - before) / requests * 1e6
+            load(port("http"), last, 2000), load(port("native"), last, 2000)
+            rounds = [(spent(envoy, port("http"), last), spent(plain, port("native"), last)) for _ in range(3)]
+            ours, theirs = (statistics.median(r) for r in zip(*rounds))
+            print(f"CPU per request: {ours:.1f} µs, native route {theirs:.1f} µs, ratio {ours / theirs:.2f}", flush=True)
+
+            def slowest(during):
+                """The slowest request meanwhile, in ms."""
+                stop, worst = threading.Event(), [0.0]
+
+                def flow():
+                    c = Client(port("http"))
+                    while not stop.is_set():
+                        begin = time.monotonic()
+                        assert c.status("host-1.example.com") == 200
+                        worst[0] = max(worst[0], (time.monotonic() - begin) * 1000)
+                thread = threading.Thread(target=flow)
+                thread.start()
+                during()
+                stop.set()
+                thread.join()
+                return worst[0]
+            idle = slowest(lambda: time.sleep(3))
+
+            def half():
+                os.mkdir(f"{folder}/next")
+                for file in range(files // 2, files):
+                    write(f"{folder}/next", file, path="-new")
+                for name in sorted(os.listdir(f"{folder}/next")):
+                    os.rename(f"{folder}/next/{name}", f"{config}/{name}")
+                until(f"host-new-{ENTRIES - 1}.example.com", 200)
+            print(f"slowest request: {idle:.1f} ms idle, {slowest(half):.1f} ms while half of all entries change", flush=True)
+
+            if SOAK:
+                marks = []
+                for n in range(SOAK):
+                    write(config, n % (files // 2), skip=(n % (files // 2)) * PER_FILE + n % PER_FILE)
+                    if n % 50 == 49:
+                        client.status("host-0.example.com")
+                    if (n + 1) % (SOAK // 5) == 0:
+                        marks.append(f"{memory(envoy):.0f}/{memory(controller):.0f}")
+                until(last.replace("host-", "host-new-"), 200)
+                print(f"{SOAK} changes: Envoy/controller {' '.join(marks)} MB after each fifth, {metric('updates')} updates sent")
+        finally:
+            for p in reversed(processes):
+                p.terminate()
+                p.wait(20)
+
+
+main()

@@ -1,0 +1,334 @@
+//! The two filter chains of every listener: HTTP, and everything else. Both ask the filter, and go where it says.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use portolan_proto::envoy::envoy::config::accesslog::v3::{AccessLog, access_log};
+use portolan_proto::envoy::envoy::config::core::v3 as core;
+use portolan_proto::envoy::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, filter};
+use portolan_proto::envoy::envoy::config::route::v3 as route;
+use portolan_proto::envoy::envoy::extensions::access_loggers::file::v3::FileAccessLog;
+use portolan_proto::envoy::envoy::extensions::filters::common::fault::v3::{FaultDelay, fault_delay};
+use portolan_proto::envoy::envoy::extensions::filters::common::set_filter_state::v3::{
+    FilterStateValue, filter_state_value,
+};
+use portolan_proto::envoy::envoy::extensions::filters::http::fault::v3::HttpFault;
+use portolan_proto::envoy::envoy::extensions::filters::http::on_demand::v3::{OnDemand, OnDemandCds};
+use portolan_proto::envoy::envoy::extensions::filters::http::router::v3::Router;
+use portolan_proto::envoy::envoy::extensions::filters::http::wasm::v3::Wasm as HttpWasm;
+use portolan_proto::envoy::envoy::extensions::filters::network::http_connection_manager::v3::{
+    HttpConnectionManager, http_connection_manager as hcm,
+};
+use portolan_proto::envoy::envoy::extensions::filters::network::set_filter_state::v3::Config as SetFilterState;
+use portolan_proto::envoy::envoy::extensions::filters::network::sni_dynamic_forward_proxy::v3::{
+    FilterConfig as SniFilterConfig, filter_config::PortSpecifier,
+};
+use portolan_proto::envoy::envoy::extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy};
+use portolan_proto::envoy::envoy::extensions::filters::network::wasm::v3::Wasm as NetworkWasm;
+use portolan_proto::envoy::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
+use portolan_proto::envoy::envoy::extensions::wasm::v3::{FailurePolicy, PluginConfig, VmConfig, plugin_config};
+use portolan_proto::envoy::envoy::r#type::v3::FractionalPercent;
+use portolan_proto::envoy::google::protobuf::{self, StringValue};
+use prost::{Message, Name};
+use serde_json::json;
+
+use super::cluster::{dns_cache, filter as http_filter};
+use super::settings::{NoSnapshot, Settings};
+use super::{BLACK_HOLE, any, number, switch};
+use crate::model::{Role, Scope};
+
+/// The header by which the route chooses the cluster.
+const CLUSTER_HEADER: &str = "x-portolan-cluster";
+/// The header by which it balances consistently.
+pub(super) const HASH_HEADER: &str = "x-portolan-hash";
+/// The header by which it mirrors.
+pub(super) const MIRROR_HEADER: &str = "x-portolan-mirror";
+
+/// The chain by whose name the filter knows requests to the HTTP proxy.
+const PROXY_CHAIN: &str = "http_proxy";
+/// Both plugins and all workers' contexts share one VM on each thread.
+const VM_ID: &str = "portolan";
+/// How long a request or connection waits for a cluster that is not known yet.
+const CLUSTER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Istio's default retry policy.
+const RETRY_ON: &str = "connect-failure,refused-stream,unavailable,cancelled";
+
+/// What the chains of one Envoy have in common.
+pub(super) struct Chains {
+    settings: Settings,
+    /// Configuration of the plugins.
+    plugin: String,
+    v6_only: bool,
+}
+
+impl Chains {
+    pub(super) fn new(settings: &Settings, scope: &Scope, node: &str) -> Self {
+        let no_snapshot = match settings.no_snapshot {
+            NoSnapshot::Closed => "closed",
+            NoSnapshot::Open => "open",
+        };
+        let mut plugin = json!({
+            "controller": settings.controller,
+            "namespace": scope.namespace,
+            "labels": scope.labels,
+            "role": if scope.role == Role::Gateway { "gateway" } else { "sidecar" },
+            "ips": scope.ips,
+            "no_snapshot": no_snapshot,
+        });
+        for (field, value) in [("locality", scope.locality.as_str()), ("subscriber", node)] {
+            if !value.is_empty() {
+                plugin[field] = value.into();
+            }
+        }
+        let mut ips = scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
+        let v6_only = ips.peek().is_some() && ips.all(|ip| ip.is_ipv6());
+        Chains { settings: settings.clone(), plugin: plugin.to_string(), v6_only }
+    }
+
+    /// Plain-text HTTP of captured connections.
+    pub(super) fn http(&self, listener: &str) -> FilterChain {
+        FilterChain {
+            name: "http".to_owned(),
+            filter_chain_match: Some(FilterChainMatch {
+                transport_protocol: "raw_buffer".to_owned(),
+                application_protocols: vec!["http/1.1".to_owned(), "h2c".to_owned()],
+                ..FilterChainMatch::default()
+            }),
+            filters: vec![self.connection_manager(listener, vec![routed(prefix(), Vec::new())])],
+            ..FilterChain::default()
+        }
+    }
+
+    /// Requests to the HTTP proxy, CONNECT among them.
+    pub(super) fn http_proxy(&self, listener: &str) -> FilterChain {
+        let connect = route::route_action::UpgradeConfig {
+            upgrade_type: "CONNECT".to_owned(),
+            connect_config: Some(route::route_action::upgrade_config::ConnectConfig::default()),
+            ..Default::default()
+        };
+        let matcher = route::route_match::PathSpecifier::ConnectMatcher(route::route_match::ConnectMatcher {});
+        let routes = vec![routed(matcher, vec![connect]), routed(prefix(), Vec::new())];
+        FilterChain {
+            name: PROXY_CHAIN.to_owned(),
+            filters: vec![self.connection_manager(listener, routes)],
+            ..FilterChain::default()
+        }
+    }
+
+    fn connection_manager(&self, listener: &str, routes: Vec<route::Route>) -> Filter {
+        let upgrade = |kind: &str| hcm::UpgradeConfig { upgrade_type: kind.to_owned(), ..Default::default() };
+        let mut upgrades = vec![upgrade("websocket")];
+        if routes.len() > 1 {
+            upgrades.push(upgrade("CONNECT"));
+        }
+        let virtual_host = route::VirtualHost {
+            name: "portolan".to_owned(),
+            domains: vec!["*".to_owned()],
+            routes,
+            include_request_attempt_count: true,
+            ..route::VirtualHost::default()
+        };
+        let manager = HttpConnectionManager {
+            stat_prefix: format!("outbound_{listener};"),
+            // Bodies of any length and pauses of any length, as istiod has it.
+            stream_idle_timeout: Some(protobuf::Duration::default()),
+            use_remote_address: switch(false),
+            normalize_path: switch(true),
+            proxy_100_continue: true,
+            upgrade_configs: upgrades,
+            access_log: self.access_log(),
+            http_filters: vec![
+                http_filter("portolan", &HttpWasm { config: Some(self.plugin("portolan_http")) }),
+                http_filter("envoy.filters.http.on_demand", &on_demand()),
+                http_filter("envoy.filters.http.fault", &fault()),
+                http_filter("envoy.filters.http.router", &Router::default()),
+            ],
+            route_specifier: Some(hcm::RouteSpecifier::RouteConfig(route::RouteConfiguration {
+                name: "portolan".to_owned(),
+                virtual_hosts: vec![virtual_host],
+                ..route::RouteConfiguration::default()
+            })),
+            ..HttpConnectionManager::default()
+        };
+        filter("envoy.filters.network.http_connection_manager", &manager)
+    }
+
+    /// Everything that is not HTTP. `dials`: the server name may be resolved and dialled, at the port that the client
+    /// dialled (SEMANTICS 3.3). The TCP proxy wants the name resolved before it chooses an upstream.
+    pub(super) fn tcp(&self, listener: &str, dials: Option<u16>) -> FilterChain {
+        let mut filters = vec![filter("portolan", &NetworkWasm { config: Some(self.plugin("portolan_tcp")) })];
+        if let Some(port) = dials {
+            filters.insert(0, filter("envoy.filters.network.set_filter_state", &dialled_port()));
+            let resolve = SniFilterConfig {
+                dns_cache_config: Some(dns_cache(self.v6_only)),
+                port_specifier: Some(PortSpecifier::PortValue(port.into())),
+                ..SniFilterConfig::default()
+            };
+            filters.push(filter("envoy.filters.network.sni_dynamic_forward_proxy", &resolve));
+        }
+        filters.push(filter("envoy.filters.network.tcp_proxy", &self.tcp_proxy(listener)));
+        FilterChain { name: "tcp".to_owned(), filters, ..FilterChain::default() }
+    }
+
+    /// A chain that closes every connection.
+    pub(super) fn black_hole(&self) -> FilterChain {
+        let refuse = TcpProxy { on_demand: None, ..self.tcp_proxy(BLACK_HOLE) };
+        let filters = vec![filter("envoy.filters.network.tcp_proxy", &refuse)];
+        FilterChain { name: "blackhole".to_owned(), filters, ..FilterChain::default() }
+    }
+
+    fn tcp_proxy(&self, listener: &str) -> TcpProxy {
+        TcpProxy {
+            stat_prefix: format!("outbound_{listener};"),
+            // The filter names the cluster; where it says nothing, nothing is let on.
+            cluster_specifier: Some(tcp_proxy::ClusterSpecifier::Cluster(BLACK_HOLE.to_owned())),
+            on_demand: Some(tcp_proxy::OnDemand {
+                odcds_config: Some(aggregated()),
+                timeout: Some(duration(CLUSTER_TIMEOUT)),
+                ..tcp_proxy::OnDemand::default()
+            }),
+            access_log: self.access_log(),
+            ..TcpProxy::default()
+        }
+    }
+
+    fn plugin(&self, root: &str) -> PluginConfig {
+        let file = core::DataSource {
+            specifier: Some(core::data_source::Specifier::Filename(self.settings.filter.clone())),
+            ..core::DataSource::default()
+        };
+        let code = core::AsyncDataSource { specifier: Some(core::async_data_source::Specifier::Local(file)) };
+        PluginConfig {
+            name: root.to_owned(),
+            root_id: root.to_owned(),
+            configuration: Some(any(&StringValue { value: self.plugin.clone() })),
+            // A trap refuses, and the next request gets a fresh VM: never open.
+            failure_policy: FailurePolicy::FailReload.into(),
+            vm: Some(plugin_config::Vm::VmConfig(VmConfig {
+                vm_id: VM_ID.to_owned(),
+                runtime: "envoy.wasm.runtime.v8".to_owned(),
+                code: Some(code),
+                ..VmConfig::default()
+            })),
+            ..PluginConfig::default()
+        }
+    }
+
+    fn access_log(&self) -> Vec<AccessLog> {
+        let Some(path) = &self.settings.access_log else { return Vec::new() };
+        let file = FileAccessLog { path: path.clone(), ..FileAccessLog::default() };
+        vec![AccessLog {
+            name: "envoy.access_loggers.file".to_owned(),
+            config_type: Some(access_log::ConfigType::TypedConfig(any(&file))),
+            ..AccessLog::default()
+        }]
+    }
+}
+
+fn filter<M: Message + Name>(name: &str, config: &M) -> Filter {
+    Filter { name: name.to_owned(), config_type: Some(filter::ConfigType::TypedConfig(any(config))) }
+}
+
+fn duration(time: Duration) -> protobuf::Duration {
+    protobuf::Duration { seconds: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), nanos: 0 }
+}
+
+/// The stream on which listeners come as well.
+fn aggregated() -> core::ConfigSource {
+    core::ConfigSource {
+        resource_api_version: core::ApiVersion::V3.into(),
+        config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::Ads(
+            core::AggregatedConfigSource::default(),
+        )),
+        ..core::ConfigSource::default()
+    }
+}
+
+fn on_demand() -> OnDemand {
+    let source =
+        OnDemandCds { source: Some(aggregated()), timeout: Some(duration(CLUSTER_TIMEOUT)), ..OnDemandCds::default() };
+    OnDemand { odcds: Some(source) }
+}
+
+/// Delays that the filter orders; a client's own order has been removed by then.
+fn fault() -> HttpFault {
+    let always = FractionalPercent { numerator: 100, ..FractionalPercent::default() };
+    let delay = FaultDelay {
+        percentage: Some(always),
+        fault_delay_secifier: Some(fault_delay::FaultDelaySecifier::HeaderDelay(fault_delay::HeaderDelay {})),
+    };
+    HttpFault { delay: Some(delay), ..HttpFault::default() }
+}
+
+/// The port at which a name is dialled, as the cluster wants to be told.
+fn dialled_port() -> SetFilterState {
+    let format = core::SubstitutionFormatString {
+        format: Some(core::substitution_format_string::Format::TextFormatSource(core::DataSource {
+            specifier: Some(core::data_source::Specifier::InlineString("%DOWNSTREAM_LOCAL_PORT%".to_owned())),
+            ..core::DataSource::default()
+        })),
+        ..core::SubstitutionFormatString::default()
+    };
+    let value = FilterStateValue {
+        key: Some(filter_state_value::Key::ObjectKey("envoy.upstream.dynamic_port".to_owned())),
+        value: Some(filter_state_value::Value::FormatString(format)),
+        ..FilterStateValue::default()
+    };
+    SetFilterState { on_new_connection: vec![value], ..SetFilterState::default() }
+}
+
+fn prefix() -> route::route_match::PathSpecifier {
+    route::route_match::PathSpecifier::Prefix("/".to_owned())
+}
+
+/// The route of every request that the filter has decided about; others have none, and get a 404.
+fn routed(
+    path: route::route_match::PathSpecifier,
+    upgrade_configs: Vec<route::route_action::UpgradeConfig>,
+) -> route::Route {
+    let decided = route::HeaderMatcher {
+        name: CLUSTER_HEADER.to_owned(),
+        header_match_specifier: Some(route::header_matcher::HeaderMatchSpecifier::PresentMatch(true)),
+        ..route::HeaderMatcher::default()
+    };
+    let retry = route::RetryPolicy {
+        retry_on: RETRY_ON.to_owned(),
+        num_retries: number(2),
+        retry_host_predicate: vec![route::retry_policy::RetryHostPredicate {
+            name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
+            config_type: Some(route::retry_policy::retry_host_predicate::ConfigType::TypedConfig(any(
+                &PreviousHostsPredicate {},
+            ))),
+        }],
+        host_selection_retry_max_attempts: 5,
+        ..route::RetryPolicy::default()
+    };
+    let hash = route::route_action::hash_policy::Header { header_name: HASH_HEADER.to_owned(), regex_rewrite: None };
+    let action = route::RouteAction {
+        cluster_specifier: Some(route::route_action::ClusterSpecifier::ClusterHeader(CLUSTER_HEADER.to_owned())),
+        timeout: Some(protobuf::Duration::default()),
+        retry_policy: Some(retry),
+        hash_policy: vec![route::route_action::HashPolicy {
+            policy_specifier: Some(route::route_action::hash_policy::PolicySpecifier::Header(hash)),
+            terminal: false,
+        }],
+        request_mirror_policies: vec![route::route_action::RequestMirrorPolicy {
+            cluster_header: MIRROR_HEADER.to_owned(),
+            disable_shadow_host_suffix_append: true,
+            ..Default::default()
+        }],
+        upgrade_configs,
+        ..route::RouteAction::default()
+    };
+    route::Route {
+        r#match: Some(route::RouteMatch {
+            path_specifier: Some(path),
+            headers: vec![decided],
+            ..route::RouteMatch::default()
+        }),
+        // The hash and mirror headers are read later, and removed in the cluster.
+        request_headers_to_remove: [CLUSTER_HEADER, "x-envoy-fault-delay-request"].map(str::to_owned).into(),
+        action: Some(route::route::Action::Route(action)),
+        ..route::Route::default()
+    }
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# run.sh: the scenarios with a real Envoy and with proxy-host, both with a controller of their own, and the quick start.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ../rig-env.sh
+rig_env "the scenarios with Envoy"
+failed=0
+python scenarios.py envoy & first=$!
+python scenarios.py proxy-host || failed=1
+wait "$first" || failed=1
+python quickstart.py || failed=1
+exit "$failed"
