@@ -81,7 +81,7 @@ class World:
             for log in ("controller", "proxy"):
                 path = f"{self.folder.name}/{log}.log"
                 if os.path.exists(path):
-                    print(f"--- {log}\n" + open(path).read()[-3000:], file=sys.stderr)
+                    print(f"--- {log}\n" + open(path).read()[-1500:], file=sys.stderr)
         self.folder.cleanup()
 
     def write(self, name, text):

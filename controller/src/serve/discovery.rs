@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::core::v3::Node;
@@ -16,6 +17,7 @@ use portolan_proto::v1::ListenerPlan;
 use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -43,6 +45,20 @@ impl Service {
 
 /// Version of a cluster that stands for one that does not exist.
 const ABSENT: &str = "absent";
+
+/// How long a cluster that is no more stays in an Envoy, whose filters follow the registry on streams of their own.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Why clusters are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// The client has asked, and is answered in any case.
+    Asked,
+    /// Something changed.
+    Changed,
+    /// They were gone a while ago.
+    Due,
+}
 
 type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
 
@@ -117,8 +133,9 @@ impl Subscription {
         wanted
     }
 
-    fn holds(&self, name: &str, version: &str) -> bool {
-        self.held.get(name).is_some_and(|held| held.as_deref() == Some(version))
+    /// The version that the client holds of a resource.
+    fn holds(&self, name: &str) -> Option<&str> {
+        self.held.get(name).and_then(|held| held.as_deref())
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -170,6 +187,8 @@ struct Stream {
     listeners: Option<Listeners>,
     published: watch::Receiver<Arc<Published>>,
     subscriptions: BTreeMap<String, Subscription>,
+    /// Clusters that are no more, and when they are to be removed.
+    going: BTreeMap<String, Instant>,
     /// Version up to which clusters were looked at.
     seen: u64,
     nonce: u64,
@@ -191,7 +210,7 @@ async fn serve(
     let mut published = publisher.subscribe(scope.clone()).await.map_err(ended)?;
     let seen = published.borrow_and_update().version;
     let subscriptions = BTreeMap::new();
-    let listeners = None;
+    let (listeners, going) = (None, BTreeMap::new());
     let mut stream = Stream {
         publisher,
         counters,
@@ -202,6 +221,7 @@ async fn serve(
         listeners,
         published,
         subscriptions,
+        going,
         seen,
         nonce: 0,
     };
@@ -216,8 +236,21 @@ async fn serve(
                 changed.map_err(|_| Status::unavailable("the compiler has ended"))?;
                 stream.update().await?;
             }
+            names = due(&mut stream.going) => stream.send_clusters(names, None, Why::Due).await?,
         }
     }
+}
+
+/// The clusters that are to be removed now.
+async fn due(going: &mut BTreeMap<String, Instant>) -> Vec<String> {
+    match going.values().min() {
+        None => std::future::pending().await,
+        Some(at) => tokio::time::sleep_until(*at).await,
+    }
+    let now = Instant::now();
+    let names: Vec<String> = going.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+    going.retain(|_, at| *at > now);
+    names
 }
 
 fn ended(_: crate::publish::Ended) -> Status {
@@ -248,7 +281,7 @@ impl Stream {
                 if first && let Some(subscription) = self.subscriptions.get(&url) {
                     names.extend(subscription.held.keys().filter(|n| !subscription.names.contains(*n)).cloned());
                 }
-                self.send_clusters(names, None, true).await
+                self.send_clusters(names, None, Why::Asked).await
             }
             // Nothing of other types is ever there; the client is told so, lest it wait.
             _ => self.respond(&url, Vec::new(), wanted).await,
@@ -266,7 +299,7 @@ impl Stream {
         let since = std::mem::replace(&mut self.seen, version);
         let names = self.subscriptions.get(CLUSTER_TYPE_URL).map(|s| s.names.iter().cloned().collect());
         match names {
-            Some(names) => self.send_clusters(names, Some(since), false).await,
+            Some(names) => self.send_clusters(names, Some(since), Why::Changed).await,
             None => Ok(()),
         }
     }
@@ -318,7 +351,7 @@ impl Stream {
         self.respond(url, resources, changes.removed.into_iter().collect()).await
     }
 
-    async fn send_clusters(&mut self, names: Vec<String>, since: Option<u64>, answer: bool) -> Result<(), Status> {
+    async fn send_clusters(&mut self, names: Vec<String>, since: Option<u64>, why: Why) -> Result<(), Status> {
         let clusters = match names.is_empty() {
             true => Vec::new(),
             false => self.publisher.clusters(self.scope.clone(), names, since).await.map_err(ended)?,
@@ -328,19 +361,28 @@ impl Stream {
         let envoy = self.node.user_agent_name == "envoy";
         for (name, cluster) in clusters {
             let (cluster, version) = match cluster {
-                // To an Envoy that asks for it, what is not there is a cluster without endpoints: that refuses at once,
-                // where of one that it was told is gone every later request would wait in vain.
-                None if envoy && (answer || subscription.holds(&name, ABSENT)) => {
-                    (Some(crate::envoy::absent(&name)), Some(ABSENT.to_owned()))
-                }
-                None => (None, None),
                 Some(mut cluster) => {
+                    self.going.remove(&name);
                     let version = cluster_version(&cluster);
                     if envoy {
                         crate::envoy::adapt(&mut cluster);
                     }
                     (Some(cluster), Some(version))
                 }
+                None if envoy => match (subscription.holds(&name), why) {
+                    // Its filters may not have heard of it yet, and their requests would wait in vain.
+                    (Some(version), Why::Changed) if version != ABSENT => {
+                        self.going.entry(name).or_insert_with(|| Instant::now() + GRACE);
+                        continue;
+                    }
+                    // To an Envoy that asks for it, what is not there is a cluster without endpoints: that refuses at
+                    // once, where of one that it was told is gone every later request would wait in vain.
+                    (Some(ABSENT), _) | (None, Why::Asked) => {
+                        (Some(crate::envoy::absent(&name)), Some(ABSENT.to_owned()))
+                    }
+                    _ => (None, None),
+                },
+                None => (None, None),
             };
             if !subscription.differs(&name, version.as_deref()) {
                 continue;
@@ -352,7 +394,7 @@ impl Stream {
                 _ => removed.push(name),
             }
         }
-        if resources.is_empty() && removed.is_empty() && !answer {
+        if resources.is_empty() && removed.is_empty() && why != Why::Asked {
             return Ok(());
         }
         self.respond(CLUSTER_TYPE_URL, resources, removed).await
