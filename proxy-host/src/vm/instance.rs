@@ -30,6 +30,26 @@ pub struct VmConfig {
     pub queue_waker: Option<QueueWaker>,
 }
 
+/// Callbacks that a module exports; see [`Vm::wants`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is one export")]
+pub struct Wants {
+    /// `proxy_on_request_body`
+    pub request_body: bool,
+    /// `proxy_on_request_trailers`
+    pub request_trailers: bool,
+    /// `proxy_on_response_body`
+    pub response_body: bool,
+    /// `proxy_on_response_trailers`
+    pub response_trailers: bool,
+    /// `proxy_on_downstream_data`
+    pub downstream_data: bool,
+    /// `proxy_on_upstream_data`
+    pub upstream_data: bool,
+    /// `proxy_on_log`
+    pub log: bool,
+}
+
 /// One instance of a module with its contexts. Not to be shared between threads.
 pub struct Vm {
     pub(super) instance: Instance,
@@ -114,12 +134,20 @@ impl Vm {
             Some(start) => Some(start),
             None => exports::find(&instance, &mut store, "_start")?,
         };
+        // As Envoy: a reactor's `main`, where there is one, configures its SDK. A `main` of another type is not meant.
+        let main = match &start {
+            Some(_) if instance.get_func(&mut store, "_initialize").is_some() => {
+                exports::find::<(u32, u32), u32>(&instance, &mut store, "main").ok().flatten()
+            }
+            _ => None,
+        };
         let state = store.data_mut();
         state.memory = Some(memory);
         state.allocate = Some(allocate.ok_or(StartError::Export("proxy_on_memory_allocate"))?);
 
         let mut vm = Self { instance: Instance { store, ticks: limits.ticks(), dead: false }, exports };
         vm.instance.call_opt("_initialize", ContextId(0), start.as_ref(), ())?;
+        vm.instance.call_opt("main", ContextId(0), main.as_ref(), (0, 0))?;
         for plugin in plugins {
             vm.start_root(plugin)?;
         }
@@ -144,6 +172,33 @@ impl Vm {
         let configured = vm.call_opt("proxy_on_configure", id, exports.configure.as_ref(), (id.0, plugin_len))?;
         if configured == Some(0) {
             return Err(StartError::Refused { callback: "proxy_on_configure", root_id });
+        }
+        Ok(())
+    }
+
+    /// Which callbacks about bodies, trailers and bytes the module has; those that it has not need not be fed.
+    pub fn wants(&self) -> Wants {
+        let exports = &self.exports;
+        Wants {
+            request_body: exports.request_body.is_some(),
+            request_trailers: exports.request_trailers.is_some(),
+            response_body: exports.response_body.is_some(),
+            response_trailers: exports.response_trailers.is_some(),
+            downstream_data: exports.downstream_data.is_some(),
+            upstream_data: exports.upstream_data.is_some(),
+            log: exports.log.is_some(),
+        }
+    }
+
+    /// Tells every root context that the end has come: `proxy_on_done`, then `proxy_on_delete`.
+    ///
+    /// # Errors
+    /// When the guest traps.
+    pub fn shutdown(&mut self) -> Result<(), Trap> {
+        let roots: Vec<_> = self.instance.store.data().roots.iter().map(|root| root.id).collect();
+        for root in roots {
+            self.instance.call_opt("proxy_on_done", root, self.exports.done.as_ref(), root.0)?;
+            self.instance.call_opt("proxy_on_delete", root, self.exports.delete.as_ref(), root.0)?;
         }
         Ok(())
     }
@@ -257,7 +312,7 @@ impl Vm {
     }
 
     /// Ends a stream: `proxy_on_done`, then `proxy_on_log` and `proxy_on_delete`, the latter two later when the guest is
-    /// not done yet. Its calls are cancelled when it is deleted.
+    /// not done yet. An HTTP stream is logged before it is done, as in Envoy, where the log is not the filter's own.
     ///
     /// # Errors
     /// When the guest traps.
@@ -265,27 +320,22 @@ impl Vm {
         let Some(stream) = self.stream(context) else { return Ok(()) };
         // Set before the callback, so that `proxy_done` within it counts.
         stream.draining = true;
+        if let StreamKind::Http(http) = &mut stream.kind {
+            http.shown.log();
+            self.instance.call_opt("proxy_on_log", context, self.exports.log.as_ref(), context.0)?;
+        }
         let done = self.instance.call_opt("proxy_on_done", context, self.exports.done.as_ref(), context.0)?;
         if done == Some(0) { self.after_callback() } else { self.delete(context) }
     }
 
     fn delete(&mut self, context: ContextId) -> Result<(), Trap> {
-        self.instance.call_opt("proxy_on_log", context, self.exports.log.as_ref(), context.0)?;
+        if self.network(context).is_some() {
+            self.instance.call_opt("proxy_on_log", context, self.exports.log.as_ref(), context.0)?;
+        }
         self.instance.call_opt("proxy_on_delete", context, self.exports.delete.as_ref(), context.0)?;
         let state = self.instance.store.data_mut();
         state.streams.remove(&context.0);
         state.own_effects.clear();
-        if state.calls.is_empty() {
-            return Ok(());
-        }
-        let (calls, env) = (&mut state.calls, &mut state.env);
-        calls.retain(|token, call| {
-            let stays = call.context != context;
-            if !stays {
-                env.cancel_call(*token);
-            }
-            stays
-        });
         Ok(())
     }
 

@@ -36,10 +36,10 @@ pub use callbacks::HttpCallResponse;
 pub use engine::{Engine, Limits};
 pub use env::{CallToken, ContextId, Env, GrpcRequest, HttpCall, Properties};
 pub use error::{EngineError, StartError, Trap, TrapKind};
-pub use instance::{Vm, VmConfig};
+pub use instance::{Vm, VmConfig, Wants};
 pub use metrics::{BUCKETS, MetricValue, Metrics};
 pub use shared::{QueueWaker, Shared};
 pub use state::{PluginConfig, PluginKind};
 pub use stream::{
-    Effect, EffectKind, FilterState, HttpState, LocalResponse, NetworkState, Outcome, RequestHead, ResponseHead,
+    Effect, EffectKind, FilterState, HttpState, LocalResponse, NetworkState, Outcome, RequestHead, ResponseHead, Shown,
 };

@@ -193,13 +193,15 @@ impl HostState {
         }
     }
 
-    /// Registers a call of the effective context.
+    /// Registers a call. It belongs to the effective context's root, as in Envoy: its answer is delivered to the root,
+    /// from where SDKs find the stream by the token, and it outlives the stream that made it.
     pub(super) fn new_call(&mut self, kind: CallKind) -> CallToken {
+        let context = self.root().map_or(ContextId(self.effective), |root| root.id);
         loop {
             self.next_call = self.next_call.wrapping_add(1);
             let token = CallToken(self.next_call);
             if token.0 != 0 && !self.calls.contains_key(&token) {
-                self.calls.insert(token, Call { context: ContextId(self.effective), kind });
+                self.calls.insert(token, Call { context, kind });
                 return token;
             }
         }

@@ -1,13 +1,13 @@
 //! State of one HTTP stream or TCP connection while the guest may look at it, and what the guest asks for.
 
-use super::abi::StreamType;
+use super::abi::{MapType, Status, StreamType};
 use super::env::{ContextId, Properties};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use std::rc::Rc;
 
 /// Head of a request; the pseudo headers stand beside the header map.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct RequestHead {
     /// `:method`
     pub method: Method,
@@ -22,7 +22,7 @@ pub struct RequestHead {
 }
 
 /// Head of a response.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ResponseHead {
     /// `:status`
     pub status: StatusCode,
@@ -48,6 +48,60 @@ pub struct HttpState {
     pub response_trailers: HeaderMap,
     /// The guest called `clear_route_cache`: the route has to be chosen again from the headers.
     pub route_cleared: bool,
+    /// Which of the maps the guest may reach now.
+    pub shown: Shown,
+}
+
+/// The maps of an HTTP stream that the guest may reach. All of them, unless the embedder keeps to Envoy's rule: each from
+/// its own callback until it goes on, and all of them, only to be read, while the stream is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown(u8);
+
+impl Default for Shown {
+    fn default() -> Self {
+        Self(0b1111)
+    }
+}
+
+impl Shown {
+    const READ_ONLY: u8 = 1 << 7;
+
+    /// None of them.
+    pub const NONE: Self = Self(0);
+
+    fn bit(map: MapType) -> u8 {
+        match map {
+            MapType::RequestHeaders => 1,
+            MapType::RequestTrailers => 2,
+            MapType::ResponseHeaders => 4,
+            MapType::ResponseTrailers => 8,
+            _ => 0,
+        }
+    }
+
+    /// Lets the guest reach a map, or not any more.
+    pub fn set(&mut self, map: MapType, shown: bool) {
+        if shown { self.0 |= Self::bit(map) } else { self.0 &= !Self::bit(map) }
+    }
+
+    /// Whether the guest may read a map.
+    pub fn reads(self, map: MapType) -> bool {
+        self.0 & Self::bit(map) != 0
+    }
+
+    /// Whether the guest may change a map.
+    pub(super) fn writes(self, map: MapType) -> bool {
+        self.reads(map) && self.0 & Self::READ_ONLY == 0
+    }
+
+    pub(super) fn log(&mut self) {
+        self.0 |= Self::READ_ONLY;
+    }
+
+    /// What is answered where a map is not shown: in the log callback that is no mistake of the guest's.
+    pub(super) fn refusal(self) -> Status {
+        if self.0 & Self::READ_ONLY == 0 { Status::BadArgument } else { Status::NotFound }
+    }
 }
 
 /// One TCP connection; the embedder moves received bytes in and out as for [`HttpState`].

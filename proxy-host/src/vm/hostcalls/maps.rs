@@ -68,7 +68,13 @@ enum Edit {
 }
 
 /// Maps of a stream the guest may change; those of a response to its own call it may only read.
-fn map(state: &mut HostState, kind: MapType) -> Result<Map<'_>, Status> {
+fn map(state: &mut HostState, kind: MapType, change: bool) -> Result<Map<'_>, Status> {
+    if let Some(http) = state.http()
+        && is_stream_map(kind)
+        && !(if change { http.shown.writes(kind) } else { http.shown.reads(kind) })
+    {
+        return Err(http.shown.refusal());
+    }
     let delivery = match kind {
         MapType::CallResponseHeaders => state.delivery.http.as_mut().map(|http| Map::Response(&mut http.head)),
         MapType::CallResponseTrailers => state.delivery.http.as_mut().map(|http| Map::Plain(&mut http.trailers)),
@@ -81,6 +87,13 @@ fn map(state: &mut HostState, kind: MapType) -> Result<Map<'_>, Status> {
         MapType::ResponseTrailers => state.http().map(|http| Map::Plain(&mut http.response_trailers)),
     };
     delivery.ok_or(Status::BadArgument)
+}
+
+fn is_stream_map(kind: MapType) -> bool {
+    matches!(
+        kind,
+        MapType::RequestHeaders | MapType::RequestTrailers | MapType::ResponseHeaders | MapType::ResponseTrailers
+    )
 }
 
 impl Map<'_> {
@@ -146,15 +159,18 @@ impl Map<'_> {
 fn size(mut caller: Caller<'_, HostState>, kind: u32, to: u32) -> Result<(), Fault> {
     let kind = MapType::from_abi(kind)?;
     let (memory, state) = split(&mut caller)?;
-    let bytes: usize = map(state, kind)?.pairs().map(|(name, value)| name.len() + value.len()).sum();
+    let bytes: usize = map(state, kind, true)?.pairs().map(|(name, value)| name.len() + value.len()).sum();
     Ok(write_u32(memory, to, u32::try_from(bytes).unwrap_or(u32::MAX))?)
 }
 
 fn pairs(mut caller: Caller<'_, HostState>, kind: u32, to: u32, to_len: u32) -> Result<(), Fault> {
     let kind = MapType::from_abi(kind)?;
     give_with(&mut caller, to, to_len, |_, state, out| {
-        let map = map(state, kind)?;
-        write_pairs(out, || map.pairs());
+        // As Envoy: a map that is not there has no pairs.
+        match map(state, kind, false) {
+            Ok(map) => write_pairs(out, || map.pairs()),
+            Err(_) => write_pairs(out, std::iter::empty),
+        }
         Ok(())
     })
 }
@@ -163,7 +179,7 @@ fn set_pairs(mut caller: Caller<'_, HostState>, kind: u32, at: u32, len: u32) ->
     let kind = changeable(kind)?;
     let (memory, state) = split(&mut caller)?;
     let pairs = read_pairs(read(memory, at, len)?)?;
-    match map(state, kind)? {
+    match map(state, kind, true)? {
         Map::Request(head) => *head = request_head(&pairs).ok_or(Status::BadArgument)?,
         mut map => {
             let plain = || pairs.iter().copied().filter(|(name, _)| !name.starts_with(b":"));
@@ -180,7 +196,10 @@ fn set_pairs(mut caller: Caller<'_, HostState>, kind: u32, at: u32, len: u32) ->
     Ok(())
 }
 
-/// Several values of one name are one value with commas, as in Envoy.
+/// Envoy keeps all values of these in one, so a guest sees them all; of any other name it sees the first.
+const JOINED: [&str; 5] =
+    ["x-forwarded-for", "via", "x-forwarded-client-cert", "x-forwarded-host", "grpc-accept-encoding"];
+
 fn value(
     mut caller: Caller<'_, HostState>,
     kind: u32,
@@ -192,12 +211,14 @@ fn value(
     let kind = MapType::from_abi(kind)?;
     give_with(&mut caller, to, to_len, |memory, state, out| {
         let key = read(memory, key, key_len)?;
-        let map = map(state, kind)?;
+        let map = map(state, kind, false)?;
         let found = match map.headers() {
             Some(headers) if !key.starts_with(b":") => {
                 // A name that is not text cannot be in the map.
                 let name = std::str::from_utf8(key).map_err(|_| Status::NotFound)?;
-                join(out, headers.get_all(name).iter().map(HeaderValue::as_bytes))
+                let all = JOINED.iter().any(|joined| joined.eq_ignore_ascii_case(name));
+                let values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
+                join(out, values.take(if all { usize::MAX } else { 1 }))
             }
             _ => join(out, map.pairs().filter(|(name, _)| *name == key).map(|(_, value)| value)),
         };
@@ -238,7 +259,7 @@ fn edit(
     let (memory, state) = split(&mut caller)?;
     let key = read(memory, key, key_len)?;
     let value = value.map(|(at, len)| read(memory, at, len)).transpose()?;
-    let mut map = map(state, kind)?;
+    let mut map = map(state, kind, true)?;
     if key.starts_with(b":") {
         return Ok(map.set_pseudo(key, value)?);
     }

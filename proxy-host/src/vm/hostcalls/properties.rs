@@ -1,7 +1,7 @@
 //! Properties: attributes of the stream, of the plugin and of the node.
 
 use super::{ENV, HostState};
-use crate::vm::abi::Status;
+use crate::vm::abi::{MapType, Status, write_pairs};
 use crate::vm::memory::{Fault, finish, give_with, read, split};
 use crate::vm::stream::{HttpState, StreamKind};
 use bytes::Bytes;
@@ -58,9 +58,14 @@ fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<u8>) -> Res
         {
             return Ok(());
         }
-        let own = stream.own_properties.iter().find(|(key, _)| key == raw).map(|(_, value)| value);
+        // As Envoy: a property that was set is found by its whole name, and in the filter state under `wasm.` and its name.
+        let set = |name: &[u8]| stream.own_properties.iter().find(|(key, _)| key == name).map(|(_, value)| value);
+        let own = if let [name] = path { set(name).or_else(|| set(raw)) } else { None };
         let filter_state = || match path {
-            [b"filter_state", key] => std::str::from_utf8(key).ok().and_then(|key| stream.filter_state.get(key)),
+            [b"filter_state", key] => {
+                let stored = std::str::from_utf8(key).ok().and_then(|key| stream.filter_state.get(key));
+                stored.or_else(|| key.strip_prefix(b"wasm.").and_then(set))
+            }
             _ => None,
         };
         if let Some(value) = own.or_else(filter_state) {
@@ -86,6 +91,14 @@ fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<u8>) -> Res
 /// Attributes that follow from the headers the VM holds.
 fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
     let request = &http.request;
+    let shown = match path.first() {
+        Some(&b"request") => http.shown.reads(MapType::RequestHeaders),
+        Some(&b"response") if path.get(1) == Some(&&b"trailers"[..]) => http.shown.reads(MapType::ResponseTrailers),
+        _ => http.shown.reads(MapType::ResponseHeaders),
+    };
+    if !shown {
+        return false;
+    }
     let whole_path = || request.path.as_ref().map(HeaderValue::as_bytes);
     let header = |map: &'_ HeaderMap, name: &[u8]| -> Option<Vec<u8>> {
         let name = std::str::from_utf8(name).ok()?;
@@ -105,6 +118,9 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
             [b"request", b"referer"] => header(&request.headers, b"referer"),
             [b"request", b"useragent"] => header(&request.headers, b"user-agent"),
             [b"request", b"id"] => header(&request.headers, b"x-request-id"),
+            [b"request", b"headers"] => Some(all(&request.headers)),
+            [b"response", b"headers"] => Some(all(&http.response.headers)),
+            [b"response", b"trailers"] => Some(all(&http.response_trailers)),
             [b"request", b"headers", name] => header(&request.headers, name),
             [b"response", b"code"] => Some(i64::from(http.response.status.as_u16()).to_le_bytes().to_vec()),
             [b"response", b"headers", name] => header(&http.response.headers, name),
@@ -118,6 +134,13 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
         }
         None => false,
     }
+}
+
+/// A header map as Envoy gives a whole map: serialized pairs.
+fn all(headers: &HeaderMap) -> Vec<u8> {
+    let mut out = Vec::new();
+    write_pairs(&mut out, || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes())));
+    out
 }
 
 fn set(mut caller: Caller<'_, HostState>, (path, path_len): (u32, u32), (at, len): (u32, u32)) -> Result<(), Fault> {

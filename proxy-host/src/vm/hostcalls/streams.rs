@@ -42,11 +42,15 @@ pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
 fn steer(
     mut caller: Caller<'_, HostState>,
     stream: u32,
-    effect: impl FnOnce(StreamType) -> EffectKind,
+    effect: impl Fn(StreamType) -> EffectKind,
 ) -> Result<(), Fault> {
     let stream = StreamType::from_abi(stream)?;
     let state = caller.data_mut();
     match (state.stream().map(|stream| &stream.kind), stream) {
+        // As Envoy: what comes from the upstream goes on when more of it comes, and cannot be continued.
+        (Some(StreamKind::Network(_)), StreamType::Upstream) if matches!(effect(stream), EffectKind::Continue(_)) => {
+            Err(Status::Unimplemented.into())
+        }
         (Some(StreamKind::Http(_)), StreamType::Request | StreamType::Response)
         | (Some(StreamKind::Network(_)), StreamType::Downstream | StreamType::Upstream) => {
             state.push_effect(effect(stream));

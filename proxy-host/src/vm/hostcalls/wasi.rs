@@ -13,6 +13,7 @@ const BADF: u32 = 8;
 const FAULT: u32 = 21;
 const INVAL: u32 = 28;
 const IO: u32 = 29;
+const NOENT: u32 = 44;
 const NOSYS: i32 = 52;
 
 /// A line longer than this is logged in pieces.
@@ -59,6 +60,15 @@ pub(super) fn link(linker: &mut Linker<HostState>, module: &Module) -> wasmtime:
     linker.func_wrap(WASI, "fd_prestat_get", |_: Caller<'_, HostState>, _: u32, _: u32| BADF)?;
     linker.func_wrap(WASI, "fd_prestat_dir_name", |_: Caller<'_, HostState>, _: u32, _: u32, _: u32| BADF)?;
     linker.func_wrap(WASI, "sched_yield", |_: Caller<'_, HostState>| SUCCESS)?;
+    // As Envoy: nothing is waited for and nothing has happened. Go's runtime throws at any error.
+    linker.func_wrap(WASI, "poll_oneoff", |caller: Caller<'_, HostState>, _: u32, _: u32, _: u32, to: u32| {
+        errno(put(caller, to, &0_u32.to_le_bytes()))
+    })?;
+    linker.func_wrap(
+        WASI,
+        "path_open",
+        |_: Caller<'_, HostState>, _: u32, _: u32, _: u32, _: u32, _: u32, _: u64, _: u64, _: u32, _: u32| NOENT,
+    )?;
     linker.func_wrap(WASI, "proc_exit", |_: Caller<'_, HostState>, code: u32| -> wasmtime::Result<()> {
         Err(wasmtime::Error::new(Exit(code)))
     })?;
@@ -149,5 +159,7 @@ fn fdstat(caller: Caller<'_, HostState>, fd: u32, to: u32) -> Result<(), u32> {
     }
     let mut stat = [0_u8; 24];
     stat[0] = 2;
+    // The right to write.
+    stat[8] = 64;
     put(caller, to, &stat)
 }
