@@ -31,6 +31,9 @@ use crate::{access_log, logging};
   proxy-host --controller http://portolan.istio-system:15010 --namespace shop --transparent 0.0.0.0:15001
       The same with a controller that runs elsewhere.
 
+  proxy-host filter --help
+      Runs any proxy-wasm filter in front of one upstream.
+
 Files may change at any time: the change is in effect a moment later, and a file that cannot be used leaves the last
 good state in force. SIGHUP reads all of them again. SIGTERM and SIGINT end the proxy: it stops accepting, lets what is
 under way end for --drain-time, and leaves; the second signal ends it at once.

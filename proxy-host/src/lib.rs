@@ -12,8 +12,10 @@
 pub mod access_log;
 pub mod admin;
 pub mod ads;
+pub mod any_filter;
 pub mod app;
 pub mod body;
+pub mod commands;
 pub mod config;
 pub mod control;
 pub mod controller;

@@ -3,9 +3,12 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use portolan_proxy_host::{config::Args, logging, run};
+use portolan_proxy_host::{commands, config::Args, logging, run};
 
 fn main() -> ExitCode {
+    if let Some(code) = commands::run(&std::env::args_os().collect::<Vec<_>>()) {
+        return code;
+    }
     let args = Args::parse();
     if let Err(error) = logging::start(&args.log_level, args.log_format) {
         eprintln!("proxy-host: --log-level: {error}");

@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     io::AsyncReadExt as _,
     net::{TcpListener, TcpStream},
+    sync::watch,
 };
 
 use crate::{
@@ -151,7 +152,7 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     };
     let entry = worker.plans().entry(destination);
     let mut connection = worker.connection(source, destination, true);
-    let Some((sniffed, client)) = inspect(&worker, stream, entry.inspection).await else { return };
+    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, entry.inspection).await else { return };
     match sniffed {
         Sniffed::Http1 | Sniffed::Http2 if !entry.tcp => {
             http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2).await;
@@ -168,7 +169,10 @@ async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     let Ok(own) = stream.local_addr() else { return };
     let connection = Rc::new(worker.connection(source, canonical(own), false));
     // Whatever it is, it is HTTP; only its version is open.
-    let Some((sniffed, client)) = inspect(&worker, stream, Inspection { tls: false, http: true }).await else { return };
+    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, Inspection { tls: false, http: true }).await
+    else {
+        return;
+    };
     http::serve(worker, connection, client, sniffed == Sniffed::Http2).await;
 }
 
@@ -179,9 +183,12 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 /// Reads as many bytes as the inspection needs, without any where it needs none. As under Istio there is no limit of
 /// time: a client that says nothing is waited for, unless the process is to end. `None`: the client has gone, or is
 /// not waited for any more.
-async fn inspect(worker: &Worker, mut stream: TcpStream, inspection: Inspection) -> Option<(Sniffed, Rewind)> {
+pub(crate) async fn inspect(
+    mut stop: watch::Receiver<bool>,
+    mut stream: TcpStream,
+    inspection: Inspection,
+) -> Option<(Sniffed, Rewind)> {
     let mut read = BytesMut::new();
-    let mut stop = worker.stop.clone();
     loop {
         match sniff::sniff(&read, inspection) {
             Sniffed::NeedMore => {

@@ -1,0 +1,639 @@
+//! Requests through a filter, in the order in which Envoy's filter manager calls it.
+//!
+//! ```text
+//! request headers → request body, trailers ─→ upstream ─→ response headers → response body, trailers → log, done
+//!        └─ a local response, from any of these ─────────────────↗ (directly to the client once there is a response)
+//! ```
+//! Headers that are paused hold everything behind them back. A body that is paused is collected, up to [`LIMIT`], and
+//! shown as a whole each time more of it comes. Once response headers have left, a local response is a reset.
+
+use std::{rc::Rc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
+    header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE},
+};
+use http_body::Frame;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{sync::watch, task::AbortHandle};
+
+use super::{
+    Proxy,
+    attributes::{Connection, Info},
+    body::{Body, Broken, Piece, Sink, Source},
+    client::{Failure, Lease},
+    host::{Abort, Step, Stream},
+};
+use crate::{
+    exec::LocalExec,
+    headers,
+    listener::{http::target, rewind::Rewind},
+    vm::{LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
+};
+
+/// A body that a filter holds back may be this large (Envoy's `per_connection_buffer_limit_bytes`).
+pub const LIMIT: usize = 1 << 20;
+/// Envoy's default for a route.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A reset of the stream, said to hyper.
+#[derive(Debug, thiserror::Error)]
+#[error("the stream was reset")]
+pub struct Reset;
+
+/// Serves the requests of one connection.
+pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, http2: bool) {
+    let mut stop = proxy.stop.clone();
+    let service = service_fn(move |request| handle(proxy.clone(), connection, request));
+    let io = TokioIo::new(client);
+    // How a connection ends is told by its requests.
+    if http2 {
+        let serving = hyper::server::conn::http2::Builder::new(LocalExec).serve_connection(io, service);
+        let mut serving = std::pin::pin!(serving);
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = stop.wait_for(|stop| *stop) => {
+                serving.as_mut().graceful_shutdown();
+                let _ = serving.await;
+            }
+        }
+    } else {
+        let serving = hyper::server::conn::http1::Builder::new().half_close(true).serve_connection(io, service);
+        let mut serving = std::pin::pin!(serving);
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = stop.wait_for(|stop| *stop) => {
+                serving.as_mut().graceful_shutdown();
+                let _ = serving.await;
+            }
+        }
+    }
+}
+
+/// What does not change during a request.
+struct Exchange {
+    proxy: Rc<Proxy>,
+    info: Rc<Info>,
+    http2: bool,
+    grpc: bool,
+    is_head: bool,
+}
+
+/// Ends a task when the request ends.
+struct Pump(AbortHandle);
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn handle(proxy: Rc<Proxy>, connection: Connection, request: Request<Incoming>) -> Result<Response<Body>, Reset> {
+    let protocol = match request.version() {
+        Version::HTTP_2 => "HTTP/2",
+        Version::HTTP_10 => "HTTP/1.0",
+        _ => "HTTP/1.1",
+    };
+    let exchange = Exchange {
+        info: Rc::new(Info::new(connection, Some(protocol))),
+        http2: request.version() == Version::HTTP_2,
+        grpc: headers::is_grpc(request.headers()),
+        is_head: *request.method() == Method::HEAD,
+        proxy,
+    };
+    let (head, body) = match read(request) {
+        Ok(read) => read,
+        Err((status, details)) => {
+            exchange.info.details.replace(details.to_owned());
+            let head = exchange.local_head(status, HeaderMap::new(), None, &Bytes::new());
+            return Ok(exchange.send_whole(head, Bytes::new()));
+        }
+    };
+    let Ok(stream) = exchange.proxy.host.http(exchange.info.clone()) else {
+        return Ok(exchange.failed());
+    };
+    exchange.run(Rc::new(stream), head, Source::incoming(body, protocol == "HTTP/2")).await
+}
+
+/// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
+fn read(request: Request<Incoming>) -> Result<(RequestHead, Incoming), (StatusCode, &'static str)> {
+    let (mut parts, body) = request.into_parts();
+    let host = parts.headers.remove(HOST);
+    let authority = match parts.uri.authority() {
+        // The target's authority wins over Host (RFC 9112, 3.2.2).
+        Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+        None => host,
+    };
+    if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) {
+        return Err((StatusCode::UPGRADE_REQUIRED, "low_version"));
+    }
+    if !headers::is_method(&parts.method) {
+        return Err((StatusCode::BAD_REQUEST, "http1.codec_error"));
+    }
+    let Some(authority) = authority else { return Err((StatusCode::BAD_REQUEST, "missing_host_header")) };
+    if parts.method == Method::CONNECT || parts.headers.contains_key(UPGRADE) {
+        // As Envoy without `upgrade_configs`.
+        return Err((StatusCode::FORBIDDEN, "upgrade_failed"));
+    }
+    headers::prepare(&mut parts.headers);
+    // hyper answers it when the body is wanted.
+    parts.headers.remove(EXPECT);
+    join_lists(&mut parts.headers);
+    let path = match parts.uri.path_and_query() {
+        Some(path) if !path.as_str().is_empty() => HeaderValue::from_str(path.as_str()).ok(),
+        _ => Some(HeaderValue::from_static("/")),
+    };
+    let scheme = Some(HeaderValue::from_static("http"));
+    let head = RequestHead { method: parts.method, scheme, authority: Some(authority), path, headers: parts.headers };
+    Ok((head, body))
+}
+
+/// Envoy keeps the values of these in one header.
+fn join_lists(headers: &mut HeaderMap) {
+    for name in ["x-forwarded-for", "x-forwarded-host", "x-forwarded-client-cert", "via"] {
+        let values: Vec<_> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
+        if let [_, _, ..] = &values[..]
+            && let Ok(joined) = HeaderValue::from_bytes(&values.join(&b","[..]))
+        {
+            headers.insert(name, joined);
+        }
+    }
+}
+
+impl Exchange {
+    async fn run(self, stream: Rc<Stream>, head: RequestHead, mut source: Source) -> Result<Response<Body>, Reset> {
+        let size = head_size(&head);
+        let (body, _) = self.info.request_size.get();
+        self.info.request_size.set((body, size));
+        let length = head.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        self.info.content_length.set(length);
+        let end = source.is_end();
+        let step = {
+            stream.http(|http| {
+                http.request = head;
+                http.shown.set(MapType::RequestHeaders, true);
+            });
+            stream.pausing(StreamType::Request);
+            stream.call(|vm, context| vm.on_request_headers(context, end))
+        };
+        if let Err(abort) = settle(&stream, StreamType::Request, step, &mut source).await {
+            return self.aborted(stream, abort, None).await;
+        }
+        let head = stream.http(|http| {
+            http.shown.set(MapType::RequestHeaders, false);
+            std::mem::take(&mut http.request)
+        });
+        let Some(mut head) = head else { return self.aborted(stream, Abort::Failed, None).await };
+        let timeout = timeout(&mut head.headers);
+        stream.keep_request(&head);
+        let (complete, completed) = watch::channel(end);
+        let (body, pump) = if end {
+            (Body::empty(), None)
+        } else {
+            let (sink, body) = Body::channel();
+            let task = request_body(stream.clone(), source, sink, complete);
+            (body, Some(Pump(tokio::task::spawn_local(task).abort_handle())))
+        };
+        let sent = tokio::select! {
+            biased;
+            abort = stream.aborted() => return self.aborted(stream, abort, pump).await,
+            sent = self.send(head, body, timeout, completed) => sent,
+        };
+        match sent {
+            Ok((head, source, lease)) => self.respond(stream, head, source, Some(lease), pump).await,
+            Err(failure) => {
+                self.info.details.replace(failure.details());
+                self.info.flags.set(failure.flag().0);
+                if matches!(failure, Failure::Connect(_) | Failure::ConnectTimeout) {
+                    self.info.transport_failure.replace(failure.to_string());
+                }
+                let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+                self.local(stream, status, HeaderMap::new(), None, Bytes::from(failure.to_string()), pump).await
+            }
+        }
+    }
+
+    /// Asks the upstream.
+    async fn send(
+        &self,
+        head: RequestHead,
+        body: Body,
+        timeout: Duration,
+        mut complete: watch::Receiver<bool>,
+    ) -> Result<(ResponseHead, Source, Lease), Failure> {
+        let mut request = Request::new(body);
+        *request.uri_mut() = target(&head, self.http2).map_err(|_| Failure::Request)?;
+        *request.method_mut() = head.method;
+        *request.headers_mut() = head.headers;
+        if let Some(authority) = head.authority.filter(|_| !self.http2 || request.uri().authority().is_none()) {
+            request.headers_mut().insert(HOST, authority);
+        }
+        self.info.attempts.set(1);
+        let too_long = async {
+            // Time counts from the end of the request; a sender that is gone has ended it.
+            let _ = complete.wait_for(|complete| *complete).await;
+            if timeout.is_zero() { std::future::pending().await } else { tokio::time::sleep(timeout).await }
+        };
+        let answer = tokio::select! {
+            answer = self.proxy.upstream.send(request, self.http2) => answer?,
+            () = too_long => return Err(Failure::Timeout),
+        };
+        self.info.upstream.set(Some(answer.lease.peers));
+        let time = self.info.elapsed();
+        self.info.backend_latency.set(Some(time));
+        let (mut parts, body) = answer.response.into_parts();
+        headers::remove_hop_by_hop(&mut parts.headers);
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        parts.headers.insert("x-envoy-upstream-service-time", HeaderValue::from(millis));
+        self.info.details.replace("via_upstream".to_owned());
+        let head = ResponseHead { status: parts.status, headers: parts.headers };
+        Ok((head, Source::incoming(body, self.http2), answer.lease))
+    }
+
+    /// Ends a request that has no response yet.
+    async fn aborted(self, stream: Rc<Stream>, abort: Abort, pump: Option<Pump>) -> Result<Response<Body>, Reset> {
+        match abort {
+            Abort::Respond(response) => {
+                let LocalResponse { status, details, body, headers, grpc_status } = *response;
+                self.info.details.replace(details_of(&details));
+                self.local(stream, status, headers, grpc_status, body, pump).await
+            }
+            Abort::TooLarge => {
+                self.info.details.replace("request_payload_too_large".to_owned());
+                let body = Bytes::from_static(b"Payload Too Large");
+                self.local(stream, StatusCode::PAYLOAD_TOO_LARGE, HeaderMap::new(), None, body, pump).await
+            }
+            Abort::Close => Err(Reset),
+            Abort::Failed => Ok(self.failed()),
+        }
+    }
+
+    /// A response of our own before there is one of the upstream's: it goes through the filter.
+    async fn local(
+        self,
+        stream: Rc<Stream>,
+        status: StatusCode,
+        headers: HeaderMap,
+        grpc_status: Option<u32>,
+        body: Bytes,
+        pump: Option<Pump>,
+    ) -> Result<Response<Body>, Reset> {
+        let head = self.local_head(status, headers, grpc_status, &body);
+        let body = if self.is_head || self.grpc { Bytes::new() } else { body };
+        self.respond(stream, head, Source::whole(body), None, pump).await
+    }
+
+    /// Shows the filter a response, and sends it to the client.
+    async fn respond(
+        self,
+        stream: Rc<Stream>,
+        head: ResponseHead,
+        mut source: Source,
+        lease: Option<Lease>,
+        pump: Option<Pump>,
+    ) -> Result<Response<Body>, Reset> {
+        let end = source.is_end();
+        self.info.code.set(head.status.as_u16());
+        note_grpc(&self.info, &head.headers);
+        stream.http(|http| {
+            http.response = head;
+            http.shown.set(MapType::ResponseHeaders, true);
+        });
+        stream.pausing(StreamType::Response);
+        let step = stream.call(|vm, context| vm.on_response_headers(context, end));
+        match settle(&stream, StreamType::Response, step, &mut source).await {
+            Ok(()) => {}
+            // There is a response already, so this one goes past the filter.
+            Err(Abort::Respond(response)) => {
+                let LocalResponse { status, details, body, headers, grpc_status } = *response;
+                self.info.details.replace(details_of(&details));
+                let head = self.local_head(status, headers, grpc_status, &body);
+                stream.keep_response(&head);
+                return Ok(self.send_whole(head, body));
+            }
+            Err(Abort::TooLarge | Abort::Close) => return Err(Reset),
+            Err(Abort::Failed) => return Ok(self.failed()),
+        }
+        let head = stream.http(|http| {
+            http.shown.set(MapType::ResponseHeaders, false);
+            std::mem::take(&mut http.response)
+        });
+        let Some(mut head) = head else { return Ok(self.failed()) };
+        stream.keep_response(&head);
+        self.info.code.set(head.status.as_u16());
+        self.info.response_size.set((0, header_size(&head.headers)));
+        if lease.is_none() {
+            head.headers.insert(SERVER, HeaderValue::from_static("portolan"));
+        }
+        if end {
+            if let Some(lease) = lease {
+                lease.finish();
+            }
+            return Ok(response(head, Body::empty()));
+        }
+        let (sink, body) = Body::channel();
+        tokio::task::spawn_local(response_body(stream, source, sink, lease, pump));
+        Ok(response(head, body))
+    }
+
+    /// The filter crashed, or there is none right now: as Envoy with a filter that fails closed.
+    fn failed(&self) -> Response<Body> {
+        self.info.details.replace("wasm_fail_stream".to_owned());
+        let head = self.local_head(StatusCode::SERVICE_UNAVAILABLE, HeaderMap::new(), None, &Bytes::new());
+        self.send_whole(head, Bytes::new())
+    }
+
+    fn send_whole(&self, mut head: ResponseHead, body: Bytes) -> Response<Body> {
+        self.info.code.set(head.status.as_u16());
+        head.headers.insert(SERVER, HeaderValue::from_static("portolan"));
+        let empty = self.is_head || self.grpc;
+        response(head, if empty { Body::empty() } else { Body::Whole(body) })
+    }
+
+    /// Head of a response of our own, in the form that the client's protocol has for it.
+    fn local_head(
+        &self,
+        status: StatusCode,
+        mut headers: HeaderMap,
+        grpc_status: Option<u32>,
+        body: &Bytes,
+    ) -> ResponseHead {
+        headers.remove(CONTENT_LENGTH);
+        if self.grpc {
+            // A gRPC client reads the status of its call, not that of HTTP.
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            if !headers.contains_key("grpc-status") {
+                let code = grpc_status.unwrap_or_else(|| headers::grpc_status(status));
+                headers.insert("grpc-status", HeaderValue::from(code));
+            }
+            if !headers.contains_key("grpc-message")
+                && let Some(message) = headers::grpc_message(body)
+            {
+                headers.insert("grpc-message", message);
+            }
+            return ResponseHead { status: StatusCode::OK, headers };
+        }
+        if body.is_empty() {
+            headers.remove(CONTENT_TYPE);
+        } else {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+            if !headers.contains_key(CONTENT_TYPE) {
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
+        }
+        ResponseHead { status, headers }
+    }
+}
+
+fn response(head: ResponseHead, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    response
+}
+
+/// Details hold no white space, as in Envoy.
+fn details_of(details: &[u8]) -> String {
+    String::from_utf8_lossy(details).replace(char::is_whitespace, "_")
+}
+
+/// Takes the time that the request may take out of its headers, and announces it.
+fn timeout(headers: &mut HeaderMap) -> Duration {
+    let own = headers.remove("x-envoy-upstream-rq-timeout-ms");
+    let own = own.and_then(|value| value.to_str().ok()?.parse::<u32>().ok()).map(|ms| Duration::from_millis(ms.into()));
+    let timeout = own.unwrap_or(TIMEOUT);
+    if !timeout.is_zero() {
+        let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(millis));
+    }
+    timeout
+}
+
+fn header_size(headers: &HeaderMap) -> u64 {
+    headers.iter().map(|(name, value)| (name.as_str().len() + value.len()) as u64).sum()
+}
+
+fn head_size(head: &RequestHead) -> u64 {
+    let pseudo = [(":authority", &head.authority), (":path", &head.path), (":scheme", &head.scheme)];
+    let pseudo = pseudo.iter().filter_map(|(name, value)| value.as_ref().map(|v| (name.len() + v.len()) as u64));
+    header_size(&head.headers) + pseudo.sum::<u64>() + (":method".len() + head.method.as_str().len()) as u64
+}
+
+fn note_grpc(info: &Info, headers: &HeaderMap) {
+    if let Some(status) = headers.get("grpc-status").and_then(|value| value.to_str().ok()?.parse().ok()) {
+        info.grpc_status.set(Some(status));
+    }
+}
+
+async fn settle(stream: &Stream, direction: StreamType, step: Step, source: &mut Source) -> Result<(), Abort> {
+    match step {
+        Step::Go => Ok(()),
+        Step::Wait => tokio::select! {
+            resumed = stream.resumed(direction) => resumed,
+            never = source.gather() => match never {},
+        },
+        Step::Abort(abort) => Err(abort),
+    }
+}
+
+async fn request_body(stream: Rc<Stream>, mut source: Source, sink: Sink, complete: watch::Sender<bool>) {
+    match carry(&stream, StreamType::Request, &mut source, &sink).await {
+        Ok(()) => {
+            complete.send_replace(true);
+        }
+        Err(Ended::Abort(abort)) => stream.abort(abort),
+        // The client broke off: hyper ends the request as well.
+        Err(Ended::Broken) => {
+            let _ = sink.send(Err(Broken)).await;
+        }
+        // The upstream wants no more of it.
+        Err(Ended::Closed) => {}
+    }
+}
+
+async fn response_body(stream: Rc<Stream>, mut source: Source, sink: Sink, lease: Option<Lease>, pump: Option<Pump>) {
+    let carried = tokio::select! {
+        biased;
+        _ = stream.aborted() => Err(Ended::Broken),
+        () = sink.closed() => Err(Ended::Closed),
+        carried = carry(&stream, StreamType::Response, &mut source, &sink) => carried,
+    };
+    drop(pump);
+    match carried {
+        Ok(()) => {
+            if let Some(lease) = lease {
+                lease.finish();
+            }
+        }
+        Err(Ended::Closed) => {}
+        // The headers have left: all that can be done is to reset the stream.
+        Err(Ended::Abort(_) | Ended::Broken) => {
+            let _ = sink.send(Err(Broken)).await;
+        }
+    }
+}
+
+/// Why a body did not come to its end.
+enum Ended {
+    /// The filter ended it.
+    Abort(Abort),
+    /// Its source broke off.
+    Broken,
+    /// Nobody takes it any more.
+    Closed,
+}
+
+/// Carries a body and its trailers past the filter's callbacks for them.
+async fn carry(stream: &Stream, direction: StreamType, source: &mut Source, sink: &Sink) -> Result<(), Ended> {
+    let is_request = direction == StreamType::Request;
+    let (wants_body, wants_trailers) = match is_request {
+        true => (stream.wants.request_body, stream.wants.request_trailers),
+        false => (stream.wants.response_body, stream.wants.response_trailers),
+    };
+    let mut held = false;
+    loop {
+        let piece = tokio::select! {
+            biased;
+            () = stream.continued(direction), if held => {
+                held = false;
+                flush(stream, is_request, sink).await?;
+                continue;
+            }
+            piece = source.next() => piece,
+        };
+        match piece {
+            Piece::Broken => return Err(Ended::Broken),
+            Piece::Data(data, end) => {
+                if is_request {
+                    stream.info.count_request(data.len())
+                } else {
+                    stream.info.count_response(data.len())
+                }
+                if !wants_body {
+                    send(sink, data).await?;
+                    if end {
+                        return Ok(());
+                    }
+                    continue;
+                }
+                let step = show_body(stream, is_request, data, end);
+                held = match step {
+                    Step::Go => false,
+                    Step::Abort(abort) => return Err(Ended::Abort(abort)),
+                    Step::Wait if length(stream, is_request) > LIMIT => return Err(Ended::Abort(Abort::TooLarge)),
+                    Step::Wait if end => {
+                        stream.continued(direction).await;
+                        false
+                    }
+                    Step::Wait => true,
+                };
+                if !held {
+                    flush(stream, is_request, sink).await?;
+                }
+                if end {
+                    // The filter may have added some with the last bytes.
+                    let trailers = take_trailers(stream, is_request);
+                    return if trailers.is_empty() {
+                        Ok(())
+                    } else {
+                        send_trailers(stream, is_request, sink, trailers).await
+                    };
+                }
+            }
+            Piece::Trailers(trailers) => {
+                let trailers =
+                    if wants_trailers { show_trailers(stream, direction, trailers).await? } else { trailers };
+                flush(stream, is_request, sink).await?;
+                return send_trailers(stream, is_request, sink, trailers).await;
+            }
+        }
+    }
+}
+
+fn trailers_of(is_request: bool) -> MapType {
+    if is_request { MapType::RequestTrailers } else { MapType::ResponseTrailers }
+}
+
+/// Shows the filter the bytes that it holds back together with these.
+fn show_body(stream: &Stream, is_request: bool, data: Bytes, end: bool) -> Step {
+    stream.http(|http| {
+        let held = if is_request { &mut http.request_body } else { &mut http.response_body };
+        if held.is_empty() {
+            *held = data;
+        } else if !data.is_empty() {
+            let before = std::mem::take(held);
+            // Grows in place where nobody else holds the bytes.
+            let mut joined = before.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+            joined.extend_from_slice(&data);
+            *held = joined.freeze();
+        }
+        http.shown.set(trailers_of(is_request), end);
+    });
+    if is_request {
+        stream.pausing(StreamType::Request);
+        stream.call(|vm, context| vm.on_request_body(context, end))
+    } else {
+        stream.pausing(StreamType::Response);
+        stream.call(|vm, context| vm.on_response_body(context, end))
+    }
+}
+
+async fn show_trailers(stream: &Stream, direction: StreamType, trailers: HeaderMap) -> Result<HeaderMap, Ended> {
+    let is_request = direction == StreamType::Request;
+    stream.http(|http| {
+        let slot = if is_request { &mut http.request_trailers } else { &mut http.response_trailers };
+        *slot = trailers;
+        http.shown.set(trailers_of(is_request), true);
+    });
+    stream.pausing(direction);
+    let step = if is_request {
+        stream.call(|vm, context| vm.on_request_trailers(context))
+    } else {
+        stream.call(|vm, context| vm.on_response_trailers(context))
+    };
+    match step {
+        Step::Go => {}
+        Step::Wait => stream.continued(direction).await,
+        Step::Abort(abort) => return Err(Ended::Abort(abort)),
+    }
+    Ok(take_trailers(stream, is_request))
+}
+
+fn take_trailers(stream: &Stream, is_request: bool) -> HeaderMap {
+    let take = stream.http(|http| {
+        http.shown.set(trailers_of(is_request), false);
+        std::mem::take(if is_request { &mut http.request_trailers } else { &mut http.response_trailers })
+    });
+    take.unwrap_or_default()
+}
+
+fn length(stream: &Stream, is_request: bool) -> usize {
+    stream.http(|http| if is_request { http.request_body.len() } else { http.response_body.len() }).unwrap_or(0)
+}
+
+/// Sends on what the filter held back.
+async fn flush(stream: &Stream, is_request: bool, sink: &Sink) -> Result<(), Ended> {
+    let take = |http: &mut crate::vm::HttpState| {
+        std::mem::take(if is_request { &mut http.request_body } else { &mut http.response_body })
+    };
+    // Where the VM is gone, so are the bytes: the stream fails.
+    let data = stream.http(take).ok_or(Ended::Abort(Abort::Failed))?;
+    send(sink, data).await
+}
+
+async fn send(sink: &Sink, data: Bytes) -> Result<(), Ended> {
+    if data.is_empty() {
+        return Ok(());
+    }
+    sink.send(Ok(Frame::data(data))).await.map_err(|_| Ended::Closed)
+}
+
+async fn send_trailers(stream: &Stream, is_request: bool, sink: &Sink, trailers: HeaderMap) -> Result<(), Ended> {
+    if !is_request {
+        note_grpc(&stream.info, &trailers);
+        stream.keep_trailers(&trailers);
+    }
+    sink.send(Ok(Frame::trailers(trailers))).await.map_err(|_| Ended::Closed)
+}

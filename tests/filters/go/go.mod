@@ -1,0 +1,3 @@
+module portolan.example/test-filter
+
+go 1.24
