@@ -203,6 +203,17 @@ impl Host {
         self.lines.lines.lock().unwrap().clone()
     }
 
+    /// Waits for a line that holds this.
+    pub fn printed(&self, text: &str) {
+        let end = Instant::now() + PATIENCE;
+        while !self.all().iter().any(|line| line.contains(text)) {
+            assert!(Instant::now() < end, "{text:?} did not come: {:#?}", self.all());
+            let lines = self.lines.lines.lock().unwrap();
+            // A line may have come meanwhile; the next look finds it.
+            drop(self.lines.came.wait_timeout(lines, Duration::from_millis(50)).unwrap());
+        }
+    }
+
     /// What the filter has said.
     pub fn said(&self) -> Vec<String> {
         let said = |line: &String| {
