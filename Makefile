@@ -23,6 +23,7 @@ test: lint check-wasm test-unit conformance test-envoy fuzz-smoke  ## all of the
 	@echo "make test: all passed"
 
 test-unit: build  ## cargo test of every crate
+	-tests/venv.sh
 	cargo test --workspace --locked --no-fail-fast
 
 conformance: build  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)

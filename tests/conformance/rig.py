@@ -9,7 +9,7 @@ One network namespace is made per run. In it every TCP connection of the client 
 is redirected to an echo server that says what arrived and where it was meant to go. README.md describes the case
 format and the comparison. Needs root, iproute2, iptables, openssl, Python 3.9+ with pyyaml and h2.
 """
-import hashlib, json, os, re, signal, socket, ssl, struct, subprocess, sys, threading, time
+import fcntl, hashlib, json, os, re, signal, socket, ssl, struct, subprocess, sys, threading, time
 import yaml
 
 NS, UID, ECHO, PROXY = "rig%d" % os.getpid(), 1337, 19999, 15001
@@ -61,6 +61,8 @@ def teardown():
 
 def certs():
     """A CA, a server certificate for the echo and a client certificate, where the cases' resources expect them."""
+    lock = open(f"{CERTS}.lock", "w")                   # several rigs may start at a time
+    fcntl.flock(lock, fcntl.LOCK_EX)
     if os.path.exists(f"{CERTS}/done"):
         return
     os.makedirs(CERTS, exist_ok=True)

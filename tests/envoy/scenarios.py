@@ -55,8 +55,9 @@ def entry(name, host, ports, address=None, extra=""):
 
 class World:
     """One controller and one proxy, and the files between them."""
-    def __init__(self, kind, echo, files, gate=None, controller=True, workers=2, wasm=WASM):
+    def __init__(self, kind, echo, files, gate=None, controller=True, workers=2, wasm=WASM, serve=(), bootstrap=("--plaintext",)):
         self.kind, self.echo, self.workers, self.wasm = kind, echo, workers, wasm
+        self.serve, self.bootstrap = serve, bootstrap
         self.folder = tempfile.TemporaryDirectory(prefix=f"{rig.NS}.")
         os.chmod(self.folder.name, 0o755)
         os.mkdir(f"{self.folder.name}/config")
@@ -107,13 +108,13 @@ class World:
 
     def start_controller(self):
         self.start("controller", [PORTOLAN, "serve", "--listen", f"127.0.0.1:{CONTROLLER}", "--admin", f"127.0.0.1:{ADMIN}",
-                                  "--config", f"{self.folder.name}/config", "--log-level", "info"])
+                                  "--config", f"{self.folder.name}/config", "--log-level", "info", *self.serve])
         until("the controller is ready", lambda: self.admin("ready"))
 
     def start_proxy(self):
         port = GATE if self.gate else CONTROLLER
         if self.kind == "envoy":
-            made = subprocess.run([PORTOLAN, "bootstrap", "envoy", "--plaintext", "--controller", f"127.0.0.1:{port}",
+            made = subprocess.run([PORTOLAN, "bootstrap", "envoy", *self.bootstrap, "--controller", f"127.0.0.1:{port}",
                                    "--filter", self.wasm, "--transparent", "15001", "--http-proxy", "127.0.0.1:15020",
                                    "--ip", "1.1.1.1", "--admin", f"127.0.0.1:{ENVOY_ADMIN}"], check=True, capture_output=True)
             path = f"{self.folder.name}/envoy.yaml"
@@ -438,6 +439,24 @@ def changes_under_load(kind, echo, changes=1000):
         assert not wrong, wrong[:5]
         assert min(count) > 200, count
         print(f"   {changes} changes in {w.metric('updates') - before} updates, {sum(count)} requests", flush=True)
+
+
+@scenario
+@of_envoy
+def mutual_tls(kind, echo):
+    """With mutual TLS an Envoy is served as what its certificate says, and not at all if it says otherwise."""
+    certs = rig.CERTS
+    serve = ["--tls-cert", f"{certs}/server.pem", "--tls-key", f"{certs}/server-key.pem", "--tls-client-ca", f"{certs}/ca.pem"]
+    own = ["--ca", f"{certs}/ca.pem", "--cert", f"{certs}/client.pem", "--key", f"{certs}/client-key.pem",
+           "--controller-name", "example.com", "--namespace"]
+    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "ext"]) as w:
+        w.serving("web.example.com")
+        held = json.loads(w.admin("config_dump"))["subscribers"]
+        assert {s["identity"] for s in held} == {"spiffe://cluster.local/ns/ext/sa/echo"}, held
+        assert {s["stream"] for s in held} == {"registry", "discovery"}, held
+    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "default"]) as w:
+        until("the lie is refused", lambda: w.metric("denied") > 0)
+        assert not json.loads(w.admin("config_dump"))["subscribers"]
 
 
 @scenario

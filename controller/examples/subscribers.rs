@@ -1,0 +1,74 @@
+//! `subscribers ADDRESS COUNT SCOPES`: that many subscribers of the registry, spread over so many namespaces, which
+//! acknowledge what they get and keep nothing of it. Says when all have their snapshot, and ends with standard input.
+
+use std::io::Read;
+
+use anyhow::{Context, bail};
+use portolan_proto::v1::registry_client::RegistryClient;
+use portolan_proto::v1::{Ack, Scope, Subscribe, WatchRequest, watch_request::Message};
+use portolan_registry::page::FORMAT;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [address, count, scopes] = arguments.as_slice() else {
+        bail!("usage: subscribers http://IP:PORT COUNT SCOPES");
+    };
+    let (count, scopes): (usize, usize) = (count.parse()?, scopes.parse()?);
+    let endpoint = Endpoint::from_shared(address.clone())?;
+    let (ready, mut all) = mpsc::unbounded_channel();
+    for index in 0..count {
+        let (endpoint, ready) = (endpoint.clone(), ready.clone());
+        let namespace = format!("namespace-{}", index % scopes);
+        tokio::spawn(async move {
+            // Whatever ends it, the count says that one is missing.
+            let said = match endpoint.connect().await {
+                Ok(channel) => subscribe(channel, namespace, index, ready.clone()).await,
+                Err(error) => Err(error.into()),
+            };
+            if let Err(error) = said {
+                eprintln!("subscriber {index}: {error:#}");
+            }
+        });
+    }
+    let mut bytes = 0;
+    for _ in 0..count {
+        bytes += all.recv().await.context("all subscribers have ended")?;
+    }
+    println!("{count} subscribers of {scopes} scopes have {bytes} bytes");
+    tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await??;
+    Ok(())
+}
+
+/// Acknowledges every update; reports the size of the first.
+async fn subscribe(
+    channel: Channel,
+    namespace: String,
+    index: usize,
+    ready: mpsc::UnboundedSender<usize>,
+) -> anyhow::Result<()> {
+    let (say, requests) = mpsc::unbounded_channel();
+    let scope = Scope { namespace, ips: vec!["127.0.0.1".into()], ..Scope::default() };
+    let subscribe = Subscribe {
+        scope: Some(scope),
+        subscriber: format!("subscriber-{index}"),
+        format: FORMAT.into(),
+        ..Subscribe::default()
+    };
+    say.send(WatchRequest { message: Some(Message::Subscribe(subscribe)) })?;
+    let mut updates = RegistryClient::new(channel).watch(UnboundedReceiverStream::new(requests)).await?.into_inner();
+    let (mut bytes, mut first) = (0, true);
+    while let Some(part) = updates.message().await? {
+        bytes += prost::Message::encoded_len(&part);
+        if part.last {
+            say.send(WatchRequest { message: Some(Message::Ack(Ack { version: part.version })) })?;
+            if std::mem::take(&mut first) {
+                ready.send(bytes)?;
+            }
+        }
+    }
+    Ok(())
+}
