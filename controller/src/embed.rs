@@ -19,7 +19,7 @@ use crate::serve::{self, Counters};
 use crate::source::ledger::{Difference, Ledger, Status};
 use crate::source::read::kind_name;
 use crate::source::yaml::{Batch, ReadError, YamlSource};
-use crate::validate::finding::Severity;
+use crate::validate::finding::{Finding, Severity};
 
 /// Bytes that a pipe holds in each direction before its writer waits.
 const PIPE: usize = 256 * 1024;
@@ -196,6 +196,7 @@ async fn follow(
     reload: &Notify,
 ) -> Result<(), ControllerError> {
     let mut review = None;
+    let mut reviewing: Option<JoinHandle<Vec<Finding>>> = None;
     loop {
         let batch = tokio::select! {
             batch = source.next() => batch,
@@ -203,17 +204,17 @@ async fn follow(
                 tracing::info!("reading all files again");
                 source.reload()
             }
-            () = async { tokio::time::sleep_until(review.unwrap_or_else(Instant::now)).await }, if review.is_some() => {
+            () = async { tokio::time::sleep_until(review.unwrap_or_else(Instant::now)).await },
+                if review.is_some() && reviewing.is_none() =>
+            {
                 review = None;
-                let found;
-                // All resources are compared with each other, which may take a while.
-                (source, found) = tokio::task::spawn_blocking(move || {
-                    let found = source.findings();
-                    (source, found)
-                })
-                .await
-                .map_err(|_| Ended)?;
-                log(&ledger.replace(found));
+                let now = source.review();
+                reviewing = Some(tokio::task::spawn_blocking(move || now.findings()));
+                continue;
+            }
+            Some(found) = async { Some(reviewing.as_mut()?.await) } => {
+                reviewing = None;
+                log(&ledger.replace(found.map_err(|_| Ended)?));
                 status.loaded(&ledger, source.objects());
                 continue;
             }

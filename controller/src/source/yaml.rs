@@ -137,6 +137,24 @@ struct File {
     emptied: bool,
 }
 
+/// All resources at one moment. To compare them with each other takes a while, and changes need not wait for that.
+#[derive(Debug)]
+pub struct Review {
+    findings: Vec<Finding>,
+    placed: Vec<Placed>,
+}
+
+impl Review {
+    /// Everything there is to say about the resources, conflicts between them included.
+    pub fn findings(self) -> Vec<Finding> {
+        let mut findings = self.findings;
+        let (objects, duplicates) = conflict::deduplicate(self.placed);
+        findings.extend(duplicates);
+        findings.extend(conflict::between(&objects));
+        findings
+    }
+}
+
 impl YamlSource {
     /// Reads everything that `paths` (files and directories) hold, and begins to watch them. `mesh` is a MeshConfig
     /// file; without it one is looked for among the rest.
@@ -252,16 +270,12 @@ impl YamlSource {
         self.apply(Due { paths: Vec::new(), rescan: true })
     }
 
-    /// Everything there is to say about the resources as they are now, conflicts between them included.
-    pub fn findings(&self) -> Vec<Finding> {
+    /// The resources as they are now, to be looked over apart from the source.
+    pub fn review(&self) -> Review {
         let of_files = self.files.values().flat_map(|file| file.findings.values().flatten());
-        let mut findings: Vec<Finding> =
-            of_files.chain(&self.mesh_findings).chain(self.unreadable.values()).cloned().collect();
-        let all: Vec<Placed> = self.files.values().flat_map(File::in_order).cloned().collect();
-        let (objects, duplicates) = conflict::deduplicate(all);
-        findings.extend(duplicates);
-        findings.extend(conflict::between(&objects));
-        findings
+        let findings = of_files.chain(&self.mesh_findings).chain(self.unreadable.values()).cloned().collect();
+        let placed = self.files.values().flat_map(File::in_order).cloned().collect();
+        Review { findings, placed }
     }
 
     /// How many resources are in force, those that stand in several files counted once for each.
