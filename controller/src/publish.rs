@@ -258,12 +258,14 @@ impl Engine {
     }
 }
 
-/// What of a scope bears on ServiceEntries: subscribers that differ in nothing else share what is compiled.
+/// What of a scope bears on what is compiled: subscribers that differ in nothing else share it. Sidecars select by
+/// labels.
 fn relevant(scope: &Scope) -> Scope {
     let mut ips = scope.ips.clone();
     ips.sort();
     ips.dedup();
-    Scope { namespace: scope.namespace.clone(), role: scope.role, ips, ..Scope::default() }
+    let (namespace, labels) = (scope.namespace.clone(), scope.labels.clone());
+    Scope { namespace, labels, role: scope.role, ips, ..Scope::default() }
 }
 
 impl ScopeState {

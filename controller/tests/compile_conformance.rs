@@ -1,4 +1,4 @@
-//! The conformance cases of ServiceEntries, decided on paper: what the plan says of a connection, where the snapshot
+//! The conformance cases of ServiceEntries and Sidecars, decided on paper: what the plan says of a connection, where the snapshot
 //! sends it, and which addresses its cluster holds, against what istiod and Envoy were seen to do.
 
 #[path = "compile/objects.rs"]
@@ -23,10 +23,11 @@ use serde_json::Value;
 fn cases() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance/cases");
     let mut out: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
-    let others = ["VirtualService", "DestinationRule", "Gateway", "Sidecar"].map(|k| format!("kind: {k}\n"));
+    let others = ["VirtualService", "DestinationRule", "Gateway"].map(|k| format!("kind: {k}\n"));
     out.retain(|case| {
         let config = std::fs::read_to_string(case.join("config.yaml")).unwrap();
-        !others.iter().any(|k| config.contains(k))
+        // A listener with a socket of its own is not compiled yet.
+        !others.iter().any(|k| config.contains(k)) && !config.contains("captureMode: NONE\n")
     });
     out.sort();
     out

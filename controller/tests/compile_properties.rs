@@ -61,6 +61,15 @@ fn object() -> impl Strategy<Value = Object> {
             .prop_map(|(n, ns, ip, app)| workload(we(&format!("{ns}/w{n}"), ip, &[("app", app)]))),
         1 => (namespace.clone(), proptest::option::of(ip.clone()), protocol())
             .prop_map(|(ns, ip, p)| kube(ns, "x", ip, &[(80, p), (9000, Tcp)])),
+        1 => (0..2u8, select(vec!["default", "istio-system", "n1"]), select(vec![
+                "egress: [{hosts: ['./*']}]",
+                "egress: [{hosts: ['*/*', '~./a.com']}]",
+                "{egress: [{port: {number: 80, protocol: HTTP}, hosts: ['n1/*']}, {hosts: ['./*', n2/a.com]}]}",
+                "{egress: [{port: {number: 9000, protocol: TCP}, hosts: ['*/*']}]}",
+                "{workloadSelector: {labels: {app: x}}, outboundTrafficPolicy: {}}",
+                "outboundTrafficPolicy: {mode: ALLOW_ANY}",
+            ]))
+            .prop_map(|(n, ns, spec)| sidecar(&format!("{ns}/s{n}@{n}"), spec)),
         1 => (namespace, ip).prop_map(|(ns, ip)| slice(ns, "x", &[ip], 9000)),
     ]
 }

@@ -89,7 +89,7 @@ impl Group {
 
     fn add_chains(&mut self, index: usize, members: &[Member], workloads: &Workloads, cx: &Context) {
         let Some(service) = self.resolved.services.get(index).cloned() else { return };
-        for port in service.member.source.ports() {
+        for port in service.ports() {
             let blank = Chain {
                 service: index,
                 address: 0,
@@ -100,9 +100,6 @@ impl Group {
                 http: false,
                 tcp: false,
             };
-            if port.protocol == Protocol::Udp {
-                continue;
-            }
             if http_class(port.protocol) {
                 if !OWN_PORTS.contains(&port.number) {
                     self.chains.push(Chain { http: true, ..blank });

@@ -9,6 +9,7 @@ mod chains;
 mod ports;
 mod rows;
 pub(crate) mod service;
+pub mod sidecar;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use portolan_registry::write::{self, PageId, Writer};
 use self::chains::Group;
 use self::ports::PortState;
 use self::service::{Context, Member, Source, group_key, kube_host};
+use self::sidecar::Sidecars;
 use crate::cluster::{self, endpoints::Workloads};
 use crate::model::{Change, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
 
@@ -83,6 +85,8 @@ struct HostState {
 #[derive(Debug)]
 pub struct Compiler {
     cx: Context,
+    sidecars: Sidecars,
+    policy_changed: bool,
     objects: HashMap<ObjectKey, Object>,
     hosts: HashMap<Arc<str>, HostState>,
     workloads: Workloads,
@@ -111,35 +115,53 @@ pub fn compile(objects: impl IntoIterator<Item = Object>, scope: Scope, mesh: Me
 impl Compiler {
     /// A compiler without objects. Changed settings of the mesh need a new one.
     pub fn new(scope: Scope, mesh: MeshConfig) -> Self {
-        let catch_all = match (scope.role, mesh.outbound) {
-            (crate::model::Role::Gateway, _) | (_, OutboundMode::RegistryOnly) => CatchAll::Block,
-            (_, OutboundMode::AllowAny) => CatchAll::PassThrough,
-            (_, OutboundMode::AllowAnyDynamicDns) => CatchAll::DynamicDns,
-        };
-        let dynamic = catch_all == CatchAll::DynamicDns;
-        let cx = Context { scope, mesh, dns_capture: false };
-        let mut writer = Writer::new();
-        // The row is a few bytes: it cannot be too large.
-        let _ = writer.put(&Row::Globals(Globals { catch_all, gateway: cx.gateway() }));
-        let plan = ListenerPlan {
-            port: 0,
-            wildcard: Some(Inspection { tls: false, http: dynamic }),
-            ..ListenerPlan::default()
-        };
-        Compiler {
+        let cx = Context { scope, mesh, dns_capture: false, imports: None };
+        let mut compiler = Compiler {
             cx,
+            sidecars: Sidecars::default(),
+            policy_changed: false,
             objects: HashMap::new(),
             hosts: HashMap::new(),
             workloads: Workloads::default(),
             selecting: HashMap::new(),
             claimants: HashMap::new(),
             ports: BTreeMap::new(),
-            plans: BTreeMap::from([(0, plan)]),
-            writer,
+            plans: BTreeMap::new(),
+            writer: Writer::new(),
             dirty_hosts: BTreeSet::new(),
             dirty_rows: BTreeSet::new(),
             dirty_ports: BTreeSet::new(),
+        };
+        compiler.put_policy();
+        compiler
+    }
+
+    /// What happens to unknown destinations.
+    fn put_policy(&mut self) {
+        let catch_all = match (self.cx.gateway(), self.cx.outbound()) {
+            (true, _) | (_, OutboundMode::RegistryOnly) => CatchAll::Block,
+            (_, OutboundMode::AllowAny) => CatchAll::PassThrough,
+            (_, OutboundMode::AllowAnyDynamicDns) => CatchAll::DynamicDns,
+        };
+        // The row is a few bytes: it cannot be too large.
+        let _ = self.writer.put(&Row::Globals(Globals { catch_all, gateway: self.cx.gateway() }));
+        let http = catch_all == CatchAll::DynamicDns;
+        let plan = ListenerPlan { port: 0, wildcard: Some(Inspection { tls: false, http }), ..ListenerPlan::default() };
+        self.plans.insert(0, plan);
+    }
+
+    /// Another Sidecar counts: everything is seen anew.
+    fn choose_sidecar(&mut self) {
+        let imports = self.sidecars.chosen(&self.cx.scope);
+        if imports == self.cx.imports {
+            return;
         }
+        let all: Vec<Arc<str>> = self.hosts.keys().cloned().collect();
+        for key in all {
+            self.touch(&key);
+        }
+        self.cx.imports = imports;
+        self.policy_changed = true;
     }
 
     /// Says that the subscriber's names are resolved by a DNS proxy that answers with auto-allocated addresses. To be
@@ -205,6 +227,10 @@ impl Compiler {
     }
 
     fn join(&mut self, object: &Object) {
+        if let Object::Sidecar(sidecar) = object {
+            self.sidecars.insert(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
+            return self.choose_sidecar();
+        }
         for (key, member, alias) in self.members(object) {
             self.touch(&key);
             if member.source.is_kube() || selects(&member.source) {
@@ -219,6 +245,10 @@ impl Compiler {
     }
 
     fn leave(&mut self, object: &Object) {
+        if let Object::Sidecar(sidecar) = object {
+            self.sidecars.remove(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
+            return self.choose_sidecar();
+        }
         let gone = object.key();
         for (key, member, _) in self.members(object) {
             self.touch(&key);
@@ -287,6 +317,10 @@ impl Compiler {
     /// Brings pages and plans up to date.
     pub fn commit(&mut self) -> Update {
         let mut update = Update::default();
+        if std::mem::take(&mut self.policy_changed) {
+            self.put_policy();
+            update.plans.push(0);
+        }
         let dirty = std::mem::take(&mut self.dirty_hosts);
         for key in &dirty {
             if self.hosts.get(key).is_some_and(|s| s.members.is_empty() && s.aliases.is_empty()) {

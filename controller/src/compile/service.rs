@@ -9,7 +9,10 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::row::{Origin, OriginKind};
 
-use crate::model::{MeshConfig, Meta, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort};
+use super::sidecar::Imports;
+use crate::model::{
+    MeshConfig, Meta, OutboundMode, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort,
+};
 
 /// What decides how objects are seen: who asks, and the mesh's settings.
 #[derive(Debug, Clone)]
@@ -18,6 +21,8 @@ pub(crate) struct Context {
     pub(crate) mesh: MeshConfig,
     /// The subscriber answers DNS itself, so that auto-allocated addresses count.
     pub(crate) dns_capture: bool,
+    /// What the subscriber's Sidecar imports; `None`: everything visible.
+    pub(crate) imports: Option<Imports>,
 }
 
 impl Context {
@@ -30,6 +35,11 @@ impl Context {
     pub(crate) fn v6_only(&self) -> bool {
         let mut ips = self.scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
         ips.peek().is_some() && ips.all(|ip| ip.is_ipv6())
+    }
+
+    /// What happens to unknown destinations.
+    pub(crate) fn outbound(&self) -> OutboundMode {
+        self.imports.as_ref().and_then(|imports| imports.outbound).unwrap_or(self.mesh.outbound)
     }
 
     pub(crate) fn gateway(&self) -> bool {
@@ -183,11 +193,18 @@ pub(crate) struct Spoken {
     pub(crate) member: Member,
     pub(crate) public: bool,
     pub(crate) addresses: Vec<Addr>,
+    /// The ports that the subscriber's Sidecar imports; `None`: all.
+    imported: Option<Vec<u16>>,
 }
 
 impl Spoken {
+    pub(crate) fn ports(&self) -> impl Iterator<Item = &ServicePort> {
+        let imported = |port: &&ServicePort| self.imported.as_ref().is_none_or(|some| some.contains(&port.number));
+        self.member.source.ports().iter().filter(|p| p.protocol != Protocol::Udp).filter(imported)
+    }
+
     pub(crate) fn port(&self, number: u16) -> Option<&ServicePort> {
-        self.member.source.ports().iter().find(|p| p.number == number && p.protocol != Protocol::Udp)
+        self.ports().find(|p| p.number == number)
     }
 
     pub(crate) fn order(&self, address: u32) -> Order {
@@ -234,23 +251,60 @@ pub(crate) fn resolve(members: &[Member], aliases: &[Member], cx: &Context) -> O
         .filter_map(|m| {
             let explicit = m.visible(cx)?;
             let addresses = addresses(m, members, cx);
-            (!addresses.is_empty()).then(|| Spoken { member: m.clone(), public: !explicit, addresses })
+            (!addresses.is_empty()).then(|| Spoken { member: m.clone(), public: !explicit, addresses, imported: None })
         })
         .collect();
     list.sort_by(|a, b| a.public.cmp(&b.public).then_with(|| a.member.age(&b.member)));
-    let namespace = winner(&list, &cx.scope.namespace)?.to_owned();
-    let (services, hidden): (Vec<_>, Vec<_>) =
-        list.into_iter().partition(|s| s.member.source.meta().namespace == namespace.as_str());
+    let (services, hidden) = match &cx.imports {
+        Some(imports) => imported(list, imports, &cx.scope.namespace)?,
+        None => {
+            let namespace = winner(list.iter(), &cx.scope.namespace)?.to_owned();
+            list.into_iter().partition(|s| s.member.source.meta().namespace.as_str() == namespace.as_str())
+        }
+    };
     let ports = ports(&services);
     let aliases = aliases.iter().filter(|a| a.visible(cx).is_some()).map(|a| a.host.to_lowercase()).collect();
     Some(Resolved { services, hidden, ports, aliases })
 }
 
+/// The services that the listeners of a Sidecar have, each with its ports, and those that they hide. Each listener
+/// decides for itself which namespace speaks for the host.
+fn imported(list: Vec<Spoken>, imports: &Imports, own: &str) -> Option<(Vec<Spoken>, Vec<Spoken>)> {
+    let mut taken: Vec<Option<Vec<u16>>> = vec![None; list.len()];
+    for listener in &imports.listeners {
+        let has = |s: &&Spoken| {
+            let namespace = &s.member.source.meta().namespace;
+            listener.imports(namespace, &s.member.host) && listener.port.is_none_or(|port| s.port(port).is_some())
+        };
+        let Some(namespace) = winner(list.iter().filter(has), own).map(str::to_owned) else { continue };
+        for (service, taken) in list.iter().zip(&mut taken) {
+            if !has(&service) || service.member.source.meta().namespace.as_str() != namespace {
+                continue;
+            }
+            // What has an address of its own is bound there, and in nobody's way.
+            let elsewhere = service.addresses.iter().all(|address| matches!(address, Addr::Ip(..)));
+            let free = |port: &ServicePort| !imports.is_taken(port.number) || elsewhere && !http_class(port.protocol);
+            let ports = service.ports().filter(|port| match listener.port {
+                Some(number) => port.number == number,
+                None => free(port),
+            });
+            taken.get_or_insert_default().extend(ports.map(|port| port.number));
+        }
+    }
+    let (mut services, mut hidden) = (Vec::new(), Vec::new());
+    for (service, taken) in list.into_iter().zip(taken) {
+        match taken {
+            Some(ports) => services.push(Spoken { imported: Some(ports), ..service }),
+            None => hidden.push(service),
+        }
+    }
+    (!services.is_empty()).then_some((services, hidden))
+}
+
 /// The namespace that speaks for a host name: the subscriber's own, else Kubernetes', else the first.
-fn winner<'l>(list: &'l [Spoken], own: &str) -> Option<&'l str> {
-    let (first, rest) = list.split_first()?;
-    let mut best = &first.member.source;
-    for Spoken { member, .. } in rest {
+fn winner<'l>(mut list: impl Iterator<Item = &'l Spoken>, own: &str) -> Option<&'l str> {
+    let mut best = &list.next()?.member.source;
+    for Spoken { member, .. } in list {
         let namespace = &member.source.meta().namespace;
         let takes_over = !best.is_kube() && member.source.is_kube() && best.meta().namespace != own;
         if namespace == own || takes_over {
@@ -271,7 +325,7 @@ fn ports(services: &[Spoken]) -> Vec<HostPortOwner> {
     let base = first(services);
     let mut out: Vec<HostPortOwner> = Vec::new();
     let mut take = |index: usize, base: usize, service: &Spoken| {
-        for port in service.member.source.ports().iter().filter(|p| p.protocol != Protocol::Udp) {
+        for port in service.ports() {
             if out.iter().any(|o| o.number == port.number) {
                 continue;
             }
@@ -303,6 +357,7 @@ fn mergeable(first: &Spoken, later: &Spoken) -> bool {
     match (&first.member.source, &later.member.source) {
         (Source::Entry(a), Source::Entry(b)) => {
             a.ports != b.ports
+                && a.meta.namespace == b.meta.namespace
                 && a.resolution == b.resolution
                 && a.meta.labels == b.meta.labels
                 && a.workload_selector.clone().unwrap_or_default() == b.workload_selector.clone().unwrap_or_default()

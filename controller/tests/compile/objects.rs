@@ -3,10 +3,14 @@
 
 use std::sync::Arc;
 
+use portolan_controller::api::decode::Path;
+use portolan_controller::api::message::Decode;
+use portolan_controller::api::sidecar::Sidecar;
 use portolan_controller::compile::{Compiler, Update, compile};
+use portolan_controller::config::tree;
 use portolan_controller::model::{
-    Change, EndpointSlice, Labels, MeshConfig, Meta, Object, OutboundMode, Protocol, Resolution, Scope, Service,
-    ServiceEntry, ServicePort, Workload, WorkloadEntry,
+    Change, Checked, EndpointSlice, Labels, MeshConfig, Meta, Object, OutboundMode, Protocol, Resolution, Scope,
+    Service, ServiceEntry, ServicePort, Workload, WorkloadEntry,
 };
 use portolan_registry::decision::{Decision, Verdict};
 use portolan_registry::lookup::{Connection, Listener, Request};
@@ -67,6 +71,17 @@ pub fn resolution(resolution: Resolution) -> impl FnOnce(&mut ServiceEntry) {
 
 pub fn entry(entry: ServiceEntry) -> Object {
     Object::ServiceEntry(Arc::new(entry))
+}
+
+/// A Sidecar from the YAML of its spec.
+pub fn sidecar(name: &str, spec: &str) -> Object {
+    let (name, created) = name.split_once('@').map_or((name, 0), |(n, c)| (n, c.parse().unwrap()));
+    let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
+    let root = tree::parse(spec, 1).unwrap().root;
+    let mut issues = Vec::new();
+    let spec = Sidecar::decode(Some(&root), &Path::root("spec"), &mut issues);
+    assert!(issues.is_empty(), "{issues:?}");
+    Object::Sidecar(Arc::new(Checked { meta: meta(namespace, name, created), spec }))
 }
 
 pub fn we(name: &str, address: &str, spec: &[(&str, &str)]) -> WorkloadEntry {

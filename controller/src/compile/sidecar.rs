@@ -1,0 +1,230 @@
+//! The Sidecar resource that counts for a subscriber: what of the visible services it imports (SEMANTICS 6.2 to 6.4).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::api::sidecar::{CaptureMode, EgressListener, OutboundMode as Mode, Sidecar};
+use crate::model::{Checked, OutboundMode, Protocol, Role, Scope};
+use crate::validate::predicates;
+use crate::validate::service_entry::protocol;
+
+/// The Sidecars that may count for a subscriber.
+#[derive(Debug, Default)]
+pub(crate) struct Sidecars {
+    /// By whether they are the root namespace's and not the subscriber's, whether they have no selector, age and name.
+    known: BTreeMap<(bool, bool, i64, String), Arc<Checked<Sidecar>>>,
+}
+
+impl Sidecars {
+    fn place(object: &Checked<Sidecar>, scope: &Scope, root: &str) -> Option<(bool, bool, i64, String)> {
+        let meta = &object.meta;
+        let own = meta.namespace.as_str() == scope.namespace.as_str();
+        let bare = object.spec.workload_selector.is_none();
+        // The root namespace's hold for others only where they select nothing.
+        let counts = scope.role == Role::Sidecar && (own || bare && meta.namespace.as_str() == root);
+        counts.then(|| (!own, bare, meta.created, meta.name.to_string()))
+    }
+
+    pub(crate) fn insert(&mut self, object: &Arc<Checked<Sidecar>>, scope: &Scope, root: &str) {
+        if let Some(place) = Self::place(object, scope, root) {
+            self.known.insert(place, Arc::clone(object));
+        }
+    }
+
+    pub(crate) fn remove(&mut self, object: &Checked<Sidecar>, scope: &Scope, root: &str) {
+        if let Some(place) = Self::place(object, scope, root) {
+            self.known.remove(&place);
+        }
+    }
+
+    /// The one that counts: of the subscriber's namespace first one that selects it, then one that selects nothing, each
+    /// time the oldest; else the root namespace's.
+    pub(crate) fn chosen(&self, scope: &Scope) -> Option<Imports> {
+        let selects = |object: &&Arc<Checked<Sidecar>>| {
+            let labels = object.spec.workload_selector.iter().flat_map(|selector| &selector.labels);
+            labels.into_iter().all(|(key, value)| scope.labels.get(key) == Some(value))
+        };
+        self.known.values().find(selects).map(|object| Imports::new(&object.spec, scope.namespace.as_str()))
+    }
+}
+
+/// What a Sidecar lets a subscriber see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Imports {
+    pub(crate) listeners: Vec<Listener>,
+    /// What happens to unknown destinations, where the Sidecar says so.
+    pub(crate) outbound: Option<OutboundMode>,
+}
+
+/// An egress listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Listener {
+    /// The port that it serves; `None`: all that no other listener has.
+    pub(crate) port: Option<u16>,
+    hosts: Vec<Host>,
+    excluded: Vec<Host>,
+}
+
+/// `namespace/name`
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Host {
+    /// `None` for all.
+    namespace: Option<String>,
+    name: String,
+}
+
+impl Imports {
+    fn new(spec: &Sidecar, namespace: &str) -> Imports {
+        let outbound = spec.outbound_traffic_policy.as_ref().map(|policy| match policy.mode {
+            Mode::AllowAny => OutboundMode::AllowAny,
+            Mode::RegistryOnly | Mode::Other(_) => OutboundMode::RegistryOnly,
+        });
+        if spec.egress.is_empty() {
+            let all = Host { namespace: None, name: "*".into() };
+            return Imports {
+                listeners: vec![Listener { port: None, hosts: vec![all], excluded: Vec::new() }],
+                outbound,
+            };
+        }
+        let listeners = spec.egress.iter().filter(|listener| is_captured(listener));
+        Imports { listeners: listeners.map(|listener| Listener::new(listener, namespace)).collect(), outbound }
+    }
+
+    /// Whether another listener has this port, so that the one without a port adds nothing to it.
+    pub(crate) fn is_taken(&self, port: u16) -> bool {
+        self.listeners.iter().any(|listener| listener.port == Some(port))
+    }
+}
+
+/// Whether connections that were made to somewhere else reach a listener. One with a socket of its own is not served.
+fn is_captured(listener: &EgressListener) -> bool {
+    let captured = listener.bind.is_empty() && listener.capture_mode != CaptureMode::None;
+    // On the port of a forward proxy any port may be asked for.
+    let proxy = listener.port.as_ref().is_some_and(|port| protocol(&port.protocol) == Some(Protocol::HttpProxy));
+    captured && !proxy
+}
+
+/// What of a Sidecar is not acted on, in words.
+pub fn unserved(spec: &Sidecar) -> Vec<&'static str> {
+    let mut out = Vec::new();
+    if !spec.egress.iter().all(is_captured) {
+        out.push("egress listeners with a socket of their own (bind, captureMode NONE, HTTP_PROXY)");
+    }
+    if spec.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.egress_proxy.is_some()) {
+        out.push("egressProxy");
+    }
+    if !spec.ingress.is_empty() || spec.inbound_connection_pool.is_some() {
+        out.push("inbound traffic");
+    }
+    out
+}
+
+impl Listener {
+    fn new(listener: &EgressListener, own: &str) -> Listener {
+        let (mut hosts, mut excluded) = (Vec::new(), Vec::new());
+        for (namespace, name) in listener.hosts.iter().filter_map(|host| host.split_once('/')) {
+            let (list, namespace) = match namespace.strip_prefix('~') {
+                Some(rest) => (&mut excluded, rest),
+                None => (&mut hosts, namespace),
+            };
+            let namespace = match namespace {
+                "" | "*" => None,
+                "." => Some(own.to_owned()),
+                other => Some(other.to_owned()),
+            };
+            list.push(Host { namespace, name: name.to_owned() });
+        }
+        let port = listener.port.as_ref().and_then(|port| u16::try_from(port.number).ok());
+        Listener { port, hosts, excluded }
+    }
+
+    /// Whether it imports a service of that namespace and host.
+    pub(crate) fn imports(&self, namespace: &str, host: &str) -> bool {
+        let within = |list: &[Host]| {
+            list.iter().any(|entry| {
+                entry.namespace.as_deref().is_none_or(|of| of == namespace)
+                    && predicates::is_host_subset(host, &entry.name)
+            })
+        };
+        within(&self.hosts) && !within(&self.excluded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::decode::Path;
+    use crate::api::message::Decode;
+    use crate::config::tree;
+    use crate::model::Meta;
+
+    fn sidecar(meta: Meta, spec: &str) -> Arc<Checked<Sidecar>> {
+        let spec = Sidecar::decode(Some(&tree::parse(spec, 1).unwrap().root), &Path::root("spec"), &mut Vec::new());
+        Arc::new(Checked { meta, spec })
+    }
+
+    fn listener(hosts: &str) -> Listener {
+        let object = sidecar(Meta::default(), &format!("egress: [{{hosts: {hosts}}}]"));
+        Listener::new(&object.spec.egress[0], "own")
+    }
+
+    #[test]
+    fn hosts_and_exclusions() {
+        let some = listener("['./*', other/a.example.com, '*/*.w.com', '~./secret.example.com', '~/x.w.com']");
+        for (namespace, host, imported) in [
+            ("own", "b.example.com", true),
+            ("own", "secret.example.com", false),
+            ("other", "a.example.com", true),
+            ("other", "secret.example.com", false),
+            ("third", "a.example.com", false),
+            ("third", "b.w.com", true),
+            ("third", "x.w.com", false),
+            ("third", "*.w.com", true),
+            ("third", "*.com", false),
+        ] {
+            assert_eq!(some.imports(namespace, host), imported, "{namespace}/{host}");
+        }
+        assert!(!listener("['~/*']").imports("own", "a.example.com"));
+    }
+
+    #[test]
+    fn the_one_that_counts() {
+        let scope = |label: &str| Scope {
+            namespace: "own".into(),
+            labels: [("app".to_owned(), label.to_owned())].into(),
+            ..Scope::default()
+        };
+        let named = |namespace: &str, name: &str, created: i64, spec: &str| {
+            let meta =
+                Meta { namespace: namespace.parse().unwrap(), name: name.parse().unwrap(), created, ..Meta::default() };
+            sidecar(meta, spec)
+        };
+        let mut sidecars = Sidecars::default();
+        let port = |sidecars: &Sidecars, label: &str| {
+            sidecars.chosen(&scope(label)).map(|imports| imports.listeners[0].port.unwrap())
+        };
+        let egress = |port: u16| format!("egress: [{{port: {{number: {port}, protocol: HTTP}}, hosts: ['./*']}}]");
+        let all = [
+            named("root", "a", 0, &egress(1)),
+            named("own", "young", 9, &egress(2)),
+            named("own", "old", 3, &egress(3)),
+            named("own", "selecting", 20, &format!("workloadSelector: {{labels: {{app: x}}}}\n{}", egress(4))),
+            named("other", "a", 0, &egress(5)),
+        ];
+        let expected = [(Some(1), Some(1)), (Some(2), Some(2)), (Some(3), Some(3)), (Some(4), Some(3))];
+        for (object, (x, y)) in all.iter().zip(expected.into_iter().chain([(Some(4), Some(3))])) {
+            sidecars.insert(object, &scope("x"), "root");
+            assert_eq!((port(&sidecars, "x"), port(&sidecars, "y")), (x, y), "{}", object.meta.name);
+        }
+        sidecars.remove(&all[2], &scope("x"), "root");
+        assert_eq!(port(&sidecars, "y"), Some(2));
+    }
+
+    #[test]
+    fn an_empty_policy_refuses() {
+        let mode = |spec: &str| Imports::new(&sidecar(Meta::default(), spec).spec, "own").outbound;
+        assert_eq!(mode("outboundTrafficPolicy: {}"), Some(OutboundMode::RegistryOnly));
+        assert_eq!(mode("outboundTrafficPolicy: {mode: ALLOW_ANY}"), Some(OutboundMode::AllowAny));
+        assert_eq!(mode("egress: [{hosts: ['./*']}]"), None);
+    }
+}

@@ -1,0 +1,121 @@
+//! What a Sidecar lets its workloads see: objects in, decisions out.
+
+#[path = "compile/objects.rs"]
+mod objects;
+
+use objects::*;
+use portolan_controller::compile::Compiler;
+use portolan_controller::model::Protocol::*;
+use portolan_controller::model::{Change, Object};
+
+const DST: &str = "198.18.5.5";
+
+fn at(port: u16) -> String {
+    format!("{DST}:{port}")
+}
+
+fn entries() -> Vec<Object> {
+    vec![
+        entry(se("default/a", &["a.com"], &[(80, Http), (8080, Http)])),
+        entry(se("other/b", &["b.com", "*.w.com"], &[(80, Http), (443, Tls)])),
+        entry(se("other/t", &["t.com"], &[(9000, Tcp)]).with(addresses(&["10.20.0.1"]))),
+    ]
+}
+
+fn with(sidecars: &[(&str, &str)]) -> World {
+    world(entries().into_iter().chain(sidecars.iter().map(|(name, spec)| sidecar(name, spec))))
+}
+
+#[test]
+fn only_what_is_imported_is_seen() {
+    let w = with(&[("default", "egress: [{hosts: [other/b.com, 'other/*.w.com']}]")]);
+    assert_eq!(w.http(&at(80), "b.com"), "outbound|80||b.com");
+    assert_eq!(w.http(&at(80), "x.w.com"), "outbound|80||*.w.com");
+    assert_eq!(w.http(&at(80), "a.com"), "502");
+    assert_eq!(w.plan(8080), "none");
+    assert_eq!(w.tcp("10.20.0.1:9000"), "502");
+    assert!(w.compiler.cluster("outbound|80||a.com").is_none());
+}
+
+#[test]
+fn one_name_under_a_wildcard_does_not_import_the_wildcard() {
+    let w = with(&[("default", "egress: [{hosts: [other/x.w.com]}]")]);
+    assert_eq!(w.plan(80), "none");
+}
+
+#[test]
+fn exclusions_win_whatever_the_order() {
+    for hosts in ["['~other/b.com', '*/*']", "['*/*', '~other/b.com']", "['*/*', '~/b.com']"] {
+        let w = with(&[("default", &format!("egress: [{{hosts: {hosts}}}]"))]);
+        assert_eq!(w.http(&at(80), "a.com"), "outbound|80||a.com", "{hosts}");
+        assert_eq!(w.http(&at(80), "b.com"), "502", "{hosts}");
+    }
+}
+
+#[test]
+fn a_port_with_a_listener_of_its_own_takes_nothing_from_the_last() {
+    let spec = "egress: [{port: {number: 80, protocol: HTTP}, hosts: ['other/*']}, {hosts: ['./*', other/t.com]}]";
+    let w = with(&[("default", spec)]);
+    assert_eq!(w.http(&at(80), "b.com"), "outbound|80||b.com");
+    assert_eq!(w.http(&at(80), "a.com"), "502");
+    assert_eq!(w.http(&at(8080), "a.com"), "outbound|8080||a.com");
+    assert_eq!(w.tls(&at(443), "b.com"), "502");
+    assert_eq!(w.plan(443), "none");
+    assert_eq!(w.tcp("10.20.0.1:9000"), "outbound|9000||t.com");
+}
+
+#[test]
+fn each_listener_decides_who_speaks_for_a_host() {
+    let both = [
+        entry(se("default/a", &["a.com"], &[(80, Http), (81, Http)])),
+        entry(se("other/a", &["a.com"], &[(80, Http), (81, Http)]).with(|e| e.endpoints = vec![endpoint("10.0.0.9")])),
+    ];
+    let spec = "egress: [{port: {number: 81, protocol: HTTP}, hosts: [other/a.com]}, {hosts: ['*/*']}]";
+    let w = world(both.into_iter().chain([sidecar("default", spec)]));
+    let addresses = |name: &str| format!("{:?}", w.compiler.cluster(name).unwrap().load_assignment);
+    assert!(addresses("outbound|80||a.com").contains("10.0.0.1"), "the own namespace's");
+    assert!(addresses("outbound|81||a.com").contains("10.0.0.9"), "the imported one");
+}
+
+#[test]
+fn the_policy_of_the_sidecar_replaces_the_meshs() {
+    let (block, pass) = ("502", "PassthroughCluster");
+    for (spec, want) in [
+        ("outboundTrafficPolicy: {mode: ALLOW_ANY}", pass),
+        ("outboundTrafficPolicy: {}", block),
+        ("egress: [{hosts: ['*/*']}]", block),
+    ] {
+        let w = with(&[("default", spec)]);
+        assert_eq!(w.http(&at(80), "unknown.com"), want, "{spec}");
+        assert_eq!(w.tcp(&at(7)), want, "{spec}");
+    }
+}
+
+#[test]
+fn the_root_namespaces_holds_where_there_is_no_other() {
+    let root = ("istio-system/root", "egress: [{hosts: ['./*']}]");
+    let w = with(&[root]);
+    assert_eq!(w.http(&at(80), "a.com"), "outbound|80||a.com");
+    assert_eq!(w.http(&at(80), "b.com"), "502");
+    let w = with(&[root, ("default/mine", "egress: [{hosts: ['other/*']}]")]);
+    assert_eq!(w.http(&at(80), "a.com"), "502");
+    // It selects other workloads.
+    let w = with(&[root, ("default/mine", "{workloadSelector: {labels: {app: x}}, egress: [{hosts: ['other/*']}]}")]);
+    assert_eq!(w.http(&at(80), "a.com"), "outbound|80||a.com");
+}
+
+#[test]
+fn a_sidecar_that_comes_and_goes() {
+    let mut compiler = Compiler::new(scope(), blocking());
+    compiler.apply(&entries().into_iter().map(Change::Apply).collect::<Vec<_>>());
+    let before = compiler.commit();
+    assert!(before.plans.contains(&8080));
+    let (digest, narrow) = (compiler.digest(), sidecar("s", "egress: [{hosts: [other/t.com]}]"));
+    compiler.apply(&[Change::Apply(narrow.clone())]);
+    let narrowed = compiler.commit();
+    assert!(narrowed.plans.contains(&8080) && !compiler.plans().contains_key(&8080));
+    compiler.apply(&[Change::Delete(narrow.key())]);
+    compiler.commit();
+    assert_eq!(compiler.digest(), digest);
+    assert!(compiler.plans().contains_key(&8080));
+}
