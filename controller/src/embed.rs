@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
-use crate::compile::Conflict;
-use crate::model::{Change, Kind, MeshConfig};
+use crate::compile::{Conflict, rules, sidecar};
+use crate::model::{Change, MeshConfig, Object};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
 use crate::source::ledger::{Difference, Ledger, Status};
@@ -174,14 +174,20 @@ async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
     Ok(())
 }
 
-/// Says of resources that pass validation and change nothing yet that they do.
+/// Says of resources that pass validation what of them changes nothing yet.
 fn tell_unserved(changes: &[Change]) {
     for change in changes {
         let Change::Apply(object) = change else { continue };
+        let what = match object {
+            Object::VirtualService(_) | Object::Gateway(_) => vec!["this kind"],
+            Object::DestinationRule(rule) => rules::unserved(&rule.spec),
+            Object::Sidecar(sidecar) => sidecar::unserved(&sidecar.spec),
+            _ => continue,
+        };
         let key = object.key();
-        if matches!(key.kind, Kind::VirtualService | Kind::DestinationRule | Kind::Gateway | Kind::Sidecar) {
+        for what in what {
             let object = format!("{} {}/{}", kind_name(key.kind), key.namespace, key.name);
-            tracing::warn!(object, "checked, but not supported yet: it changes no traffic");
+            tracing::warn!(object, "checked, but not supported yet, so that it changes no traffic: {what}");
         }
     }
 }

@@ -24,6 +24,10 @@ pub(crate) struct Endpoint {
     pub(crate) port_name: String,
     pub(crate) weight: u32,
     pub(crate) locality: String,
+    /// By which subsets are told apart.
+    pub(crate) labels: Labels,
+    /// Service account as `ns/NAMESPACE/sa/NAME`, empty if none.
+    pub(crate) account: String,
 }
 
 #[derive(Debug, Clone)]
@@ -128,6 +132,16 @@ impl Workloads {
         }
     }
 
+    /// The Pods of a namespace by address.
+    fn pods(&self, namespace: &str) -> HashMap<&str, &Pod> {
+        let all = self.selectable.get(namespace).into_iter().flat_map(BTreeMap::values);
+        let pods = all.filter_map(|selectable| match selectable {
+            Selectable::Pod(pod) => Some(pod.as_ref()),
+            Selectable::Entry(_) => None,
+        });
+        pods.flat_map(|pod| pod.ips.iter().map(move |ip| (ip.as_str(), pod))).collect()
+    }
+
     fn selected<'w>(&'w self, namespace: &str, selector: &'w Labels) -> impl Iterator<Item = &'w Selectable> {
         self.selectable.get(namespace).into_iter().flat_map(BTreeMap::values).filter(move |s| match s {
             Selectable::Pod(pod) => pod.ready && !pod.ips.is_empty() && selects(selector, &pod.meta.labels),
@@ -157,6 +171,7 @@ pub(crate) fn host_endpoints(members: &[Member], namespace: &str, workloads: &Wo
 
 fn entry_endpoints(entry: &ServiceEntry, host: &str, workloads: &Workloads, out: &mut Vec<Endpoint>) {
     let dns = matches!(entry.resolution, Resolution::Dns | Resolution::DnsRoundRobin);
+    let namespace = entry.meta.namespace.as_str();
     if let Some(selector) = &entry.workload_selector {
         for selected in workloads.selected(&entry.meta.namespace, selector) {
             let owned;
@@ -167,6 +182,7 @@ fn entry_endpoints(entry: &ServiceEntry, host: &str, workloads: &Workloads, out:
                         address: pod.ips.first().cloned().unwrap_or_default(),
                         ports: pod.ports.clone(),
                         labels: pod.meta.labels.clone(),
+                        service_account: pod.service_account.clone(),
                         ..Workload::default()
                     };
                     &owned
@@ -178,22 +194,22 @@ fn entry_endpoints(entry: &ServiceEntry, host: &str, workloads: &Workloads, out:
                     Selectable::Entry(entry) => entry_labels(entry),
                     Selectable::Pod(pod) => pod.meta.labels.clone(),
                 };
-                out.extend(entry.ports.iter().filter_map(|p| endpoint(p, workload, &labels)));
+                out.extend(entry.ports.iter().filter_map(|p| endpoint(p, workload, &labels, namespace)));
             }
         }
     } else if !entry.endpoints.is_empty() {
         for workload in &entry.endpoints {
-            out.extend(entry.ports.iter().filter_map(|p| endpoint(p, workload, &workload.labels)));
+            out.extend(entry.ports.iter().filter_map(|p| endpoint(p, workload, &workload.labels, namespace)));
         }
     } else if dns {
         let own = Workload { address: host.to_owned(), ..Workload::default() };
-        out.extend(entry.ports.iter().filter_map(|p| endpoint(p, &own, &Labels::new())));
+        out.extend(entry.ports.iter().filter_map(|p| endpoint(p, &own, &Labels::new(), namespace)));
     }
 }
 
 /// Port precedence: Unix socket, the workload's port of that name, `targetPort`, the port itself. An endpoint of which
 /// only the network is known is out of reach.
-fn endpoint(port: &ServicePort, workload: &Workload, labels: &Labels) -> Option<Endpoint> {
+fn endpoint(port: &ServicePort, workload: &Workload, labels: &Labels, namespace: &str) -> Option<Endpoint> {
     if workload.address.is_empty() {
         return None;
     }
@@ -203,14 +219,31 @@ fn endpoint(port: &ServicePort, workload: &Workload, labels: &Labels) -> Option<
         Some(path) => (path, 0),
         None => (workload.address.as_str(), number),
     };
+    let locality = locality(workload, labels);
     Some(Endpoint {
         address: address.to_owned(),
         port: number,
         service_port: port.number,
         port_name: port.name.clone(),
         weight: workload.weight.max(1),
-        locality: locality(workload, labels),
+        labels: with_topology(labels, &locality),
+        locality,
+        account: match workload.service_account.as_str() {
+            "" => String::new(),
+            account => format!("ns/{namespace}/sa/{account}"),
+        },
     })
+}
+
+/// The labels of an endpoint and those of where it is.
+fn with_topology(labels: &Labels, locality: &str) -> Labels {
+    const TOPOLOGY: [&str; 3] =
+        ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
+    let mut out = labels.clone();
+    for (key, part) in TOPOLOGY.iter().zip(locality.split('/')).filter(|(_, part)| !part.is_empty()) {
+        out.insert((*key).to_owned(), part.to_owned());
+    }
+    out
 }
 
 fn locality(workload: &Workload, labels: &Labels) -> String {
@@ -224,6 +257,7 @@ fn locality(workload: &Workload, labels: &Labels) -> String {
 fn kube_endpoints(service: &Service, workloads: &Workloads, out: &mut Vec<Endpoint>) {
     let meta = &service.meta;
     let slices = workloads.slices.get(&(meta.namespace.clone(), meta.name.to_string()));
+    let pods = slices.map_or_else(HashMap::new, |_| workloads.pods(&meta.namespace));
     for slice in slices.into_iter().flat_map(BTreeMap::values) {
         for port in &service.ports {
             let Some(number) = slice.ports.get(&port.name) else { continue };
@@ -234,6 +268,13 @@ fn kube_endpoints(service: &Service, workloads: &Workloads, out: &mut Vec<Endpoi
                 port_name: port.name.clone(),
                 weight: 1,
                 locality: String::new(),
+                labels: pods.get(address.as_str()).map_or_else(Labels::new, |pod| pod.meta.labels.clone()),
+                account: match pods.get(address.as_str()) {
+                    Some(pod) if !pod.service_account.is_empty() => {
+                        format!("ns/{}/sa/{}", meta.namespace, pod.service_account)
+                    }
+                    _ => String::new(),
+                },
             }));
         }
     }
@@ -248,7 +289,7 @@ fn kube_endpoints(service: &Service, workloads: &Workloads, out: &mut Vec<Endpoi
             let target = service.target_port_names.get(&port.name);
             let named = target.and_then(|name| entry.workload.ports.get(name)).copied();
             let port = ServicePort { target_port: named.or(port.target_port), ..port.clone() };
-            out.extend(endpoint(&port, &entry.workload, &entry_labels(entry)));
+            out.extend(endpoint(&port, &entry.workload, &entry_labels(entry), &meta.namespace));
         }
     }
 }

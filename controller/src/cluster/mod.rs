@@ -1,8 +1,10 @@
 //! Envoy clusters, built when a host asks for one by name (SEMANTICS 2.2 to 2.9, 5.6, 5.7, 8.2).
 
 pub(crate) mod endpoints;
+mod policy;
+mod tls;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hasher};
 use std::time::Duration;
 
@@ -17,6 +19,7 @@ use portolan_registry::object::ClusterName;
 use prost::{Message, Name};
 
 use self::endpoints::{Endpoint, Workloads, host_endpoints};
+use crate::compile::rules::Merged;
 use crate::compile::service::{Context, Member, Resolved, Source, http_class};
 use crate::model::{Protocol, Resolution, ServicePort};
 
@@ -46,18 +49,27 @@ fn named(name: String) -> ClusterName {
     name.parse().unwrap_or_default()
 }
 
-/// Port and host of a cluster's name. Subsets need DestinationRules: there are none yet.
-pub(crate) fn parse(name: &str) -> Option<(u16, &str)> {
+/// What the name of a service's cluster says.
+pub(crate) struct Named<'n> {
+    pub(crate) port: u16,
+    /// Empty for all endpoints.
+    pub(crate) subset: &'n str,
+    pub(crate) host: &'n str,
+}
+
+/// Reads `outbound|PORT|SUBSET|HOST` or `forward|PORT||HOST`.
+pub(crate) fn parse(name: &str) -> Option<Named<'_>> {
     let (kind, rest) = name.split_once('|')?;
     let (port, rest) = rest.split_once('|')?;
     let (subset, host) = rest.split_once('|')?;
     let port = port.parse().ok()?;
-    (matches!(kind, "outbound" | "forward") && subset.is_empty() && !host.is_empty()).then_some((port, host))
+    let known = kind == "outbound" || kind == "forward" && subset.is_empty();
+    (known && !host.is_empty()).then_some(Named { port, subset, host })
 }
 
 /// The host name, in lower case, that a cluster's name is about.
 pub fn host_of(name: &str) -> Option<String> {
-    parse(name).map(|(_, host)| crate::compile::service::group_key(host).into_owned())
+    parse(name).map(|named| crate::compile::service::group_key(named.host).into_owned())
 }
 
 /// The clusters that belong to no service.
@@ -69,15 +81,18 @@ pub(crate) fn special(name: &str, cx: &Context) -> Option<Cluster> {
     }
 }
 
-/// The cluster of a port; `None` where Istio makes none.
+/// The cluster of a port and subset; `None` where Istio makes none. `rule` finds the DestinationRule for a service's
+/// namespace and host.
 pub(crate) fn build(
     name: &str,
-    port: u16,
+    named: &Named<'_>,
     resolved: &Resolved,
     members: &[Member],
     workloads: &Workloads,
     cx: &Context,
+    rule: impl Fn(&str, &str) -> Option<Merged>,
 ) -> Option<Cluster> {
+    let port = named.port;
     let owner = resolved.ports.iter().find(|o| o.number == port)?;
     let base = resolved.services.get(owner.base)?;
     let declared = resolved.services.get(owner.declared)?;
@@ -92,7 +107,16 @@ pub(crate) fn build(
         let cluster = (source.resolution() == Resolution::None).then(|| forward_proxy(name, cx))?;
         return Some(finish(with_protocol(cluster, service_port.protocol), &declared.member.source, Some(port)));
     }
-    let all = host_endpoints(members, &source.meta().namespace, workloads);
+    let rule = rule(&source.meta().namespace, &base.member.host);
+    let mut all = host_endpoints(members, &source.meta().namespace, workloads);
+    let identities = match source {
+        Source::Entry(_) => identities(&all, members, &source.meta().namespace, cx),
+        Source::Kube(_) => Vec::new(),
+    };
+    if !named.subset.is_empty() {
+        let labels = rule.as_ref()?.subset(named.subset)?;
+        all.retain(|e| labels.iter().all(|(key, value)| e.labels.get(key) == Some(value)));
+    }
     let cluster = match source.resolution() {
         Resolution::None if cx.gateway() => statics(name, &all, service_port, cx),
         Resolution::None => {
@@ -107,17 +131,39 @@ pub(crate) fn build(
         }
         Resolution::Static => statics(name, &all, service_port, cx),
         Resolution::Dns | Resolution::DnsRoundRobin => dns(name, &all, service_port, source, cx)?,
+        Resolution::DynamicDns if base.member.host.starts_with('*') && !named.subset.is_empty() => return None,
         Resolution::DynamicDns if base.member.host.starts_with('*') => {
             use Protocol::{Grpc, Http, Http2, Tls};
             if !matches!(service_port.protocol, Http | Http2 | Grpc | Tls) {
                 return None;
             }
-            let cluster = with_protocol(forward_proxy(name, cx), service_port.protocol);
+            let mut cluster = with_protocol(forward_proxy(name, cx), service_port.protocol);
+            if let Some(rule) = &rule {
+                policy::apply(&mut cluster, &rule.policy(port, named.subset), &identities);
+            }
             return Some(finish(cluster, &declared.member.source, Some(service_port.target_port.unwrap_or(port))));
         }
         Resolution::DynamicDns => statics(name, &all, service_port, cx),
     };
-    Some(finish(with_protocol(cluster, service_port.protocol), &declared.member.source, None))
+    let mut cluster = with_protocol(cluster, service_port.protocol);
+    if let Some(rule) = &rule {
+        policy::apply(&mut cluster, &rule.policy(port, named.subset), &identities);
+    }
+    Some(finish(cluster, &declared.member.source, None))
+}
+
+/// Names that the certificate of a ServiceEntry's server may hold (SEMANTICS 2.8): the identities of its endpoints, and
+/// what the newest entry says.
+fn identities(all: &[Endpoint], members: &[Member], namespace: &str, cx: &Context) -> Vec<String> {
+    let accounts = all.iter().filter(|e| !e.account.is_empty());
+    let mut out: BTreeSet<String> =
+        accounts.map(|e| format!("spiffe://{}/{}", cx.mesh.trust_domain, e.account)).collect();
+    let entries = members.iter().filter(|m| m.source.meta().namespace.as_str() == namespace);
+    let newest = entries.filter(|m| !m.source.is_kube()).max_by(|a, b| a.age(b));
+    if let Some(Source::Entry(entry)) = newest.map(|member| &member.source) {
+        out.extend(entry.subject_alt_names.iter().cloned());
+    }
+    out.into_iter().collect()
 }
 
 fn blank(name: &str, kind: cluster::DiscoveryType, cx: &Context) -> Cluster {
@@ -126,6 +172,7 @@ fn blank(name: &str, kind: cluster::DiscoveryType, cx: &Context) -> Cluster {
         // The semicolon ends the name for the extraction of tags, as in istiod's.
         alt_stat_name: format!("{name};"),
         connect_timeout: Some(duration(cx.mesh.connect_timeout)),
+        circuit_breakers: Some(policy::unlimited()),
         lb_policy: cluster::LbPolicy::LeastRequest.into(),
         cluster_discovery_type: Some(cluster::ClusterDiscoveryType::Type(kind.into())),
         ..Cluster::default()

@@ -8,6 +8,7 @@
 mod chains;
 mod ports;
 mod rows;
+pub mod rules;
 pub(crate) mod service;
 pub mod sidecar;
 
@@ -22,10 +23,13 @@ use portolan_registry::write::{self, PageId, Writer};
 
 use self::chains::Group;
 use self::ports::PortState;
+use self::rules::Rules;
 use self::service::{Context, Member, Source, group_key, kube_host};
 use self::sidecar::Sidecars;
+use crate::api::destination_rule::DestinationRule;
 use crate::cluster::{self, endpoints::Workloads};
-use crate::model::{Change, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
+use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
+use crate::validate::predicates;
 
 /// Claims that met, and who lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +91,7 @@ pub struct Compiler {
     cx: Context,
     sidecars: Sidecars,
     policy_changed: bool,
+    rules: Rules,
     objects: HashMap<ObjectKey, Object>,
     hosts: HashMap<Arc<str>, HostState>,
     workloads: Workloads,
@@ -98,6 +103,8 @@ pub struct Compiler {
     plans: BTreeMap<u16, ListenerPlan>,
     writer: Writer,
     dirty_hosts: BTreeSet<Arc<str>>,
+    /// Hosts whose clusters alone may have changed.
+    dirty_clusters: BTreeSet<Arc<str>>,
     dirty_rows: BTreeSet<RowKey>,
     dirty_ports: BTreeSet<u16>,
 }
@@ -120,6 +127,8 @@ impl Compiler {
             cx,
             sidecars: Sidecars::default(),
             policy_changed: false,
+            rules: Rules::default(),
+            dirty_clusters: BTreeSet::new(),
             objects: HashMap::new(),
             hosts: HashMap::new(),
             workloads: Workloads::default(),
@@ -231,6 +240,10 @@ impl Compiler {
             self.sidecars.insert(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
             return self.choose_sidecar();
         }
+        if let Object::DestinationRule(rule) = object {
+            self.rules.insert(rule);
+            return self.touch_clusters(rule);
+        }
         for (key, member, alias) in self.members(object) {
             self.touch(&key);
             if member.source.is_kube() || selects(&member.source) {
@@ -248,6 +261,10 @@ impl Compiler {
         if let Object::Sidecar(sidecar) = object {
             self.sidecars.remove(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
             return self.choose_sidecar();
+        }
+        if let Object::DestinationRule(rule) = object {
+            self.rules.remove(rule);
+            return self.touch_clusters(rule);
         }
         let gone = object.key();
         for (key, member, _) in self.members(object) {
@@ -272,6 +289,14 @@ impl Compiler {
         }
         self.touch_selecting(object);
         self.workloads.remove(object);
+    }
+
+    /// Notes the hosts that a rule may be about.
+    fn touch_clusters(&mut self, rule: &Checked<DestinationRule>) {
+        let of = rules::expand(&rule.spec.host, &rule.meta.namespace, &self.cx.mesh.cluster_domain);
+        let of = group_key(&of).into_owned();
+        let about = |host: &&Arc<str>| predicates::is_host_subset(host, &of);
+        self.dirty_clusters.extend(self.hosts.keys().filter(about).cloned());
     }
 
     /// Withdraws what the hosts claim that take a workload for an endpoint, before it comes or goes.
@@ -362,7 +387,8 @@ impl Compiler {
             self.commit_port(port, &mut update);
         }
         update.pages = self.writer.commit();
-        update.hosts = dirty.into_iter().collect();
+        let clusters = std::mem::take(&mut self.dirty_clusters);
+        update.hosts = dirty.union(&clusters).cloned().collect();
         update
     }
 
@@ -481,11 +507,11 @@ impl Compiler {
         if let Some(cluster) = cluster::special(name, &self.cx) {
             return Some(cluster);
         }
-        let (port, host) = cluster::parse(name)?;
-        let key = group_key(host);
-        let state = self.hosts.get(&*key)?;
+        let named = cluster::parse(name)?;
+        let state = self.hosts.get(&*group_key(named.host))?;
         let resolved = service::resolve(&state.members, &state.aliases, &self.cx)?;
-        cluster::build(name, port, &resolved, &state.members, &self.workloads, &self.cx)
+        let rule = |namespace: &str, host: &str| self.rules.of(namespace, host, &self.cx);
+        cluster::build(name, &named, &resolved, &state.members, &self.workloads, &self.cx, rule)
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use portolan_controller::api::decode::Path;
 use portolan_controller::api::message::Decode;
-use portolan_controller::api::sidecar::Sidecar;
 use portolan_controller::compile::{Compiler, Update, compile};
 use portolan_controller::config::tree;
 use portolan_controller::model::{
@@ -75,13 +74,22 @@ pub fn entry(entry: ServiceEntry) -> Object {
 
 /// A Sidecar from the YAML of its spec.
 pub fn sidecar(name: &str, spec: &str) -> Object {
+    Object::Sidecar(Arc::new(checked(name, spec)))
+}
+
+/// A DestinationRule from the YAML of its spec.
+pub fn rule(name: &str, spec: &str) -> Object {
+    Object::DestinationRule(Arc::new(checked(name, spec)))
+}
+
+fn checked<S: Decode>(name: &str, spec: &str) -> Checked<S> {
     let (name, created) = name.split_once('@').map_or((name, 0), |(n, c)| (n, c.parse().unwrap()));
     let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
     let root = tree::parse(spec, 1).unwrap().root;
     let mut issues = Vec::new();
-    let spec = Sidecar::decode(Some(&root), &Path::root("spec"), &mut issues);
+    let spec = S::decode(Some(&root), &Path::root("spec"), &mut issues);
     assert!(issues.is_empty(), "{issues:?}");
-    Object::Sidecar(Arc::new(Checked { meta: meta(namespace, name, created), spec }))
+    Checked { meta: meta(namespace, name, created), spec }
 }
 
 pub fn we(name: &str, address: &str, spec: &[(&str, &str)]) -> WorkloadEntry {

@@ -247,7 +247,8 @@ impl Spec<Target> {
         let policy = match LbPolicy::try_from(cluster.lb_policy) {
             Ok(LbPolicy::RoundRobin) => Policy::RoundRobin,
             Ok(LbPolicy::LeastRequest) => Policy::LeastRequest,
-            Ok(LbPolicy::Random) => Policy::Random,
+            // Without a hash of the request Envoy, too, takes any endpoint.
+            Ok(LbPolicy::Random | LbPolicy::RingHash | LbPolicy::Maglev) => Policy::Random,
             Ok(LbPolicy::ClusterProvided) if !matches!(discovery, Discovery::Endpoints(_)) => Policy::RoundRobin,
             Ok(other) => return Err(ClusterError::Policy(other.as_str_name().into())),
             Err(_) => return Err(ClusterError::Policy(cluster.lb_policy.to_string())),

@@ -1,0 +1,337 @@
+//! What DestinationRules make of clusters: which rule counts, its subsets, and its policy in Envoy's words.
+
+#[path = "compile/objects.rs"]
+mod objects;
+
+use std::collections::BTreeSet;
+
+use objects::*;
+use portolan_controller::compile::{Compiler, compile};
+use portolan_controller::model::Protocol::*;
+use portolan_controller::model::{Change, Object, Resolution, Scope};
+use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
+use portolan_proto::envoy::envoy::config::cluster::v3::cluster::{
+    ClusterDiscoveryType, DiscoveryType, LbConfig, LbPolicy,
+};
+use portolan_proto::envoy::envoy::config::core::v3::{address, data_source, transport_socket};
+use portolan_proto::envoy::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
+use portolan_proto::envoy::envoy::extensions::transport_sockets::tls::v3::{
+    UpstreamTlsContext, common_tls_context::ValidationContextType,
+};
+use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
+use prost::Message;
+
+const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
+/// A rule for a host whose connect timeout tells which one counted.
+fn marked(name: &str, host: &str, seconds: i64, more: &str) -> Object {
+    let pool = format!("{{connectionPool: {{tcp: {{connectTimeout: {seconds}s}}}}}}");
+    rule(name, &format!("{{host: '{host}', trafficPolicy: {pool}{more}}}"))
+}
+
+fn seconds(objects: Vec<Object>, scope: Scope, name: &str) -> i64 {
+    let (compiler, _) = compile(objects, scope, blocking());
+    compiler.cluster(name).expect("there is a cluster").connect_timeout.expect("it has a timeout").seconds
+}
+
+fn client(namespace: &str, app: &str) -> Scope {
+    Scope { namespace: namespace.into(), labels: labels(&[("app", app)]), ..scope() }
+}
+
+const A: &str = "outbound|80||a.com";
+
+#[test]
+fn which_rule_counts() {
+    let a = || entry(se("service/a", &["a.com"], &[(80, Http)]));
+    let cases: Vec<(&str, Vec<Object>, i64)> = vec![
+        ("none", vec![], 10),
+        ("the service's namespace", vec![marked("service/r", "a.com", 1, "")], 1),
+        (
+            "a wildcard of the client's before an exact one of the service's",
+            vec![marked("service/r", "a.com", 1, ""), marked("client/w", "*.com", 2, "")],
+            2,
+        ),
+        (
+            "the most specific within one",
+            vec![marked("client/w", "*.com", 2, ""), marked("client/r", "a.com", 3, "")],
+            3,
+        ),
+        ("the root's at last", vec![marked("istio-system/r", "*", 4, "")], 4),
+        ("a third namespace never", vec![marked("third/r", "a.com", 5, "")], 10),
+        (
+            "a rule that is not exported hides what is less specific",
+            vec![marked("service/w", "*.com", 6, ""), marked("service/r", "a.com", 7, ", exportTo: [third]")],
+            10,
+        ),
+        ("exported by name", vec![marked("service/r", "a.com", 8, ", exportTo: [client]")], 8),
+        ("private", vec![marked("service/r", "a.com", 9, ", exportTo: ['.']")], 10),
+        ("for others only", vec![marked("client/r", "a.com", 9, ", exportTo: [third]")], 10),
+        ("another case is another host", vec![marked("client/r", "A.com", 9, "")], 10),
+    ];
+    for (what, rules, want) in cases {
+        let objects = rules.into_iter().chain([a()]).collect();
+        assert_eq!(seconds(objects, client("client", "x"), A), want, "{what}");
+    }
+}
+
+#[test]
+fn rules_of_one_host_merge() {
+    let a = || entry(se("service/a", &["a.com"], &[(80, Http)]));
+    let cases: Vec<(&str, Vec<Object>, i64)> = vec![
+        ("the older policy", vec![marked("client/b@2", "a.com", 2, ""), marked("client/c@1", "a.com", 1, "")], 1),
+        (
+            "a policy where the older has none",
+            vec![marked("client/b@2", "a.com", 2, ""), rule("client/c@1", "{host: a.com, subsets: [{name: v1}]}")],
+            2,
+        ),
+        (
+            "side by side, the newer counts",
+            vec![marked("client/b@2", "a.com", 2, ", exportTo: ['*']"), marked("client/c@1", "a.com", 1, "")],
+            2,
+        ),
+        (
+            "one that selects the client",
+            vec![
+                marked("client/b@1", "a.com", 1, ""),
+                marked("client/c@2", "a.com", 2, ", workloadSelector: {matchLabels: {app: x}}"),
+            ],
+            2,
+        ),
+        (
+            "one that selects others",
+            vec![
+                marked("client/b@1", "a.com", 1, ""),
+                marked("client/c@2", "a.com", 2, ", workloadSelector: {matchLabels: {app: z}}"),
+            ],
+            1,
+        ),
+    ];
+    for (what, rules, want) in cases {
+        let objects = rules.into_iter().chain([a()]).collect();
+        assert_eq!(seconds(objects, client("client", "x"), A), want, "{what}");
+    }
+}
+
+#[test]
+fn port_and_subset_levels() {
+    let spec = "{host: a.com, trafficPolicy: {connectionPool: {tcp: {connectTimeout: 1s, maxConnections: 7}}, \
+                portLevelSettings: [{port: {number: 81}, connectionPool: {tcp: {connectTimeout: 2s}}}]}, subsets: \
+                [{name: v1, trafficPolicy: {connectionPool: {tcp: {connectTimeout: 3s}}}}, {name: v2}]}";
+    let (compiler, _) =
+        compile([entry(se("a", &["a.com"], &[(80, Http), (81, Http)])), rule("r", spec)], scope(), blocking());
+    for (name, timeout, connections) in [
+        ("outbound|80||a.com", 1, 7),
+        ("outbound|81||a.com", 2, u32::MAX),
+        ("outbound|80|v1|a.com", 3, u32::MAX),
+        ("outbound|80|v2|a.com", 1, 7),
+        ("outbound|81|v2|a.com", 2, u32::MAX),
+    ] {
+        let cluster = compiler.cluster(name).unwrap();
+        assert_eq!(cluster.name, name);
+        assert_eq!(cluster.connect_timeout.unwrap().seconds, timeout, "{name}");
+        let thresholds = &cluster.circuit_breakers.unwrap().thresholds[0];
+        assert_eq!(thresholds.max_connections.unwrap().value, connections, "{name}");
+    }
+    assert!(compiler.cluster("outbound|80|v3|a.com").is_none(), "no such subset");
+}
+
+fn addresses(cluster: &Cluster) -> BTreeSet<String> {
+    let assignment = cluster.load_assignment.iter().flat_map(|a| &a.endpoints).flat_map(|l| &l.lb_endpoints);
+    assignment
+        .filter_map(|e| match &e.host_identifier {
+            Some(HostIdentifier::Endpoint(e)) => match e.address.as_ref()?.address.as_ref()? {
+                address::Address::SocketAddress(a) => Some(a.address.clone()),
+                _ => None,
+            },
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn subsets_select_by_label() {
+    let of = |address: &str, version: &str| {
+        endpoint(address).with(|e| {
+            e.labels = labels(&[("version", version)]);
+            e.locality = if version == "1" { "eu/west".into() } else { String::new() };
+        })
+    };
+    let a = se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = vec![of("10.0.0.1", "1"), of("10.0.0.2", "2")]);
+    let b = se("b", &["b.com"], &[(80, Http)]).with(resolution(Resolution::Dns));
+    let spec = |host: &str| {
+        format!(
+            "{{host: {host}, subsets: [{{name: one, labels: {{version: '1'}}}}, {{name: three, labels: {{version: \
+             '3'}}}}, {{name: west, labels: {{topology.kubernetes.io/zone: west}}}}, {{name: all}}]}}"
+        )
+    };
+    let objects = [entry(a), entry(b), rule("a", &spec("a.com")), rule("b", &spec("b.com"))];
+    let (compiler, _) = compile(objects, scope(), blocking());
+    let of = |name: &str| compiler.cluster(name).map(|cluster| addresses(&cluster));
+    let set = |list: &[&str]| Some(list.iter().map(|a| (*a).to_owned()).collect::<BTreeSet<_>>());
+    assert_eq!(of("outbound|80|one|a.com"), set(&["10.0.0.1"]));
+    assert_eq!(of("outbound|80|west|a.com"), set(&["10.0.0.1"]));
+    assert_eq!(of("outbound|80|all|a.com"), set(&["10.0.0.1", "10.0.0.2"]));
+    assert_eq!(of("outbound|80|three|a.com"), set(&[]), "a static subset without endpoints is an empty cluster");
+    assert_eq!(of("outbound|80|three|b.com"), None, "a DNS subset without endpoints is none");
+    assert_eq!(of("outbound|80|all|b.com"), set(&["b.com"]));
+}
+
+/// The cluster of `a.com` under this policy.
+fn under(policy: &str, protocol: portolan_controller::model::Protocol) -> Cluster {
+    let a = se("a", &["a.com"], &[(80, protocol)]).with(|e| e.subject_alt_names = vec!["san.a.com".into()]);
+    let spec = format!("{{host: a.com, trafficPolicy: {policy}}}");
+    let (compiler, _) = compile([entry(a), rule("r", &spec)], scope(), blocking());
+    compiler.cluster(A).unwrap()
+}
+
+fn options(cluster: &Cluster) -> HttpProtocolOptions {
+    HttpProtocolOptions::decode(cluster.typed_extension_protocol_options[HTTP_OPTIONS].value.as_slice()).unwrap()
+}
+
+#[test]
+fn load_balancers() {
+    for (settings, want) in [
+        ("simple: RANDOM", LbPolicy::Random),
+        ("simple: ROUND_ROBIN", LbPolicy::RoundRobin),
+        ("simple: LEAST_CONN", LbPolicy::LeastRequest),
+        ("simple: UNSPECIFIED", LbPolicy::LeastRequest),
+        ("simple: PASSTHROUGH", LbPolicy::ClusterProvided),
+        ("consistentHash: {httpHeaderName: x}", LbPolicy::RingHash),
+        ("consistentHash: {useSourceIp: true, maglev: {tableSize: 65537}}", LbPolicy::Maglev),
+    ] {
+        let cluster = under(&format!("{{loadBalancer: {{{settings}}}}}"), Http);
+        assert_eq!(cluster.lb_policy(), want, "{settings}");
+        let passthrough = Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into()));
+        assert_eq!(cluster.cluster_discovery_type == passthrough, want == LbPolicy::ClusterProvided, "{settings}");
+    }
+    let ring =
+        |settings: &str| match under(&format!("{{loadBalancer: {{consistentHash: {settings}}}}}"), Http).lb_config {
+            Some(LbConfig::RingHashLbConfig(ring)) => ring.minimum_ring_size.unwrap().value,
+            other => panic!("{other:?}"),
+        };
+    assert_eq!(ring("{httpHeaderName: x}"), 1024);
+    assert_eq!(ring("{httpHeaderName: x, ringHash: {minimumRingSize: 7}}"), 7);
+    let warm = under("{loadBalancer: {simple: ROUND_ROBIN, warmup: {duration: 30s}}}", Http);
+    let Some(LbConfig::RoundRobinLbConfig(config)) = warm.lb_config else { panic!("{:?}", warm.lb_config) };
+    let slow = config.slow_start_config.unwrap();
+    assert_eq!(slow.slow_start_window.unwrap().seconds, 30);
+    assert!((slow.min_weight_percent.unwrap().value - 10.0).abs() < f64::EPSILON);
+}
+
+#[test]
+fn pools_and_versions() {
+    let cluster = under(
+        "{connectionPool: {tcp: {maxConnections: 1, idleTimeout: 9s, tcpKeepalive: {time: 60s, probes: 3}}, http: \
+         {http1MaxPendingRequests: 2, http2MaxRequests: 3, maxRetries: 4, maxRequestsPerConnection: 5, idleTimeout: \
+         6s}}}",
+        Http,
+    );
+    let t = cluster.circuit_breakers.clone().unwrap().thresholds[0];
+    let limits = [t.max_connections, t.max_pending_requests, t.max_requests, t.max_retries].map(|l| l.unwrap().value);
+    assert_eq!(limits, [1, 2, 3, 4]);
+    let keepalive = cluster.upstream_connection_options.unwrap().tcp_keepalive.unwrap();
+    assert_eq!((keepalive.keepalive_time.unwrap().value, keepalive.keepalive_probes.unwrap().value), (60, 3));
+    let common = options(&cluster).common_http_protocol_options.unwrap();
+    assert_eq!(common.idle_timeout.unwrap().seconds, 6, "that of HTTP goes first");
+    assert_eq!(common.max_requests_per_connection.unwrap().value, 5);
+    assert!(options(&cluster).upstream_protocol_options.is_some(), "Envoy wants a protocol beside options");
+
+    let upgraded = under("{connectionPool: {http: {h2UpgradePolicy: UPGRADE, maxConcurrentStreams: 8}}}", Http);
+    assert!(format!("{:?}", options(&upgraded)).contains("max_concurrent_streams: Some(UInt32Value { value: 8 })"));
+    let client = under("{connectionPool: {http: {useClientProtocol: true}}}", Http);
+    assert!(format!("{:?}", options(&client)).contains("UseDownstreamProtocolConfig"));
+}
+
+#[test]
+fn without_a_rule_nothing_is_limited() {
+    let w = world([entry(se("a", &["a.com"], &[(80, Http)]))]);
+    let thresholds = &w.compiler.cluster(A).unwrap().circuit_breakers.unwrap().thresholds[0];
+    assert_eq!(thresholds.max_connections.unwrap().value, u32::MAX);
+    assert_eq!(thresholds.max_retries.unwrap().value, u32::MAX);
+}
+
+#[test]
+fn outlier_detection() {
+    let cluster = under(
+        "{outlierDetection: {consecutive5xxErrors: 0, consecutiveGatewayErrors: 2, interval: 1s, baseEjectionTime: \
+         3m, maxEjectionPercent: 50, minHealthPercent: 20}}",
+        Http,
+    );
+    let outlier = cluster.outlier_detection.unwrap();
+    assert_eq!(outlier.enforcing_consecutive_5xx.unwrap().value, 0);
+    assert_eq!(outlier.consecutive_gateway_failure.unwrap().value, 2);
+    assert_eq!(outlier.enforcing_consecutive_gateway_failure.unwrap().value, 100);
+    assert_eq!(outlier.enforcing_success_rate.unwrap().value, 0);
+    assert_eq!(outlier.base_ejection_time.unwrap().seconds, 180);
+    assert_eq!(outlier.max_ejection_percent.unwrap().value, 50);
+    let panic = cluster.common_lb_config.unwrap().healthy_panic_threshold.unwrap().value;
+    assert!((panic - 20.0).abs() < f64::EPSILON);
+}
+
+fn tls(cluster: &Cluster) -> UpstreamTlsContext {
+    let socket = cluster.transport_socket.as_ref().unwrap();
+    assert_eq!(socket.name, "envoy.transport_sockets.tls");
+    let Some(transport_socket::ConfigType::TypedConfig(any)) = &socket.config_type else { panic!("no config") };
+    UpstreamTlsContext::decode(any.value.as_slice()).unwrap()
+}
+
+// The field that istiod writes.
+#[allow(deprecated)]
+#[test]
+fn tls_origination() {
+    let cluster = under(
+        "{tls: {mode: MUTUAL, clientCertificate: /c/cert.pem, privateKey: /c/key.pem, caCertificates: \
+                         /c/ca.pem, sni: x.com}}",
+        Grpc,
+    );
+    let context = tls(&cluster);
+    assert_eq!(context.sni, "x.com");
+    let common = context.common_tls_context.unwrap();
+    assert_eq!(common.alpn_protocols, ["h2"]);
+    let file = |source: &portolan_proto::envoy::envoy::config::core::v3::DataSource| match &source.specifier {
+        Some(data_source::Specifier::Filename(name)) => name.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(file(common.tls_certificates[0].certificate_chain.as_ref().unwrap()), "/c/cert.pem");
+    assert_eq!(common.tls_certificates[0].watched_directory.as_ref().unwrap().path, "/c");
+    let Some(ValidationContextType::ValidationContext(validation)) = common.validation_context_type else {
+        panic!("nothing is validated")
+    };
+    assert_eq!(file(validation.trusted_ca.as_ref().unwrap()), "/c/ca.pem");
+    assert!(format!("{:?}", validation.match_subject_alt_names).contains("san.a.com"), "the ServiceEntry's names");
+}
+
+#[test]
+fn the_server_name_is_the_host_that_is_asked_for() {
+    let cluster = under("{tls: {mode: SIMPLE}}", Http);
+    assert_eq!(tls(&cluster).sni, "");
+    assert!(options(&cluster).upstream_http_protocol_options.unwrap().auto_sni);
+    assert!(under("{tls: {mode: DISABLE}}", Http).transport_socket.is_none());
+}
+
+#[test]
+fn proxy_protocol_goes_around_tls() {
+    let plain = under("{proxyProtocol: {version: V2}}", Tcp).transport_socket.unwrap();
+    assert_eq!(plain.name, "envoy.transport_sockets.upstream_proxy_protocol");
+    assert!(format!("{plain:?}").contains("envoy.transport_sockets.upstream_proxy_protocol"));
+}
+
+#[test]
+fn a_changed_rule_changes_the_clusters_of_its_hosts_alone() {
+    let mut compiler = Compiler::new(scope(), blocking());
+    let entries = [("a", "a.com"), ("b", "b.com"), ("c", "*.w.com")];
+    let entries = entries.map(|(name, host)| Change::Apply(entry(se(name, &[host], &[(80, Http)]))));
+    compiler.apply(&entries);
+    compiler.commit();
+    let digest = compiler.digest();
+    let narrow = marked("r", "a.com", 1, "");
+    compiler.apply(&[Change::Apply(narrow.clone())]);
+    let update = compiler.commit();
+    assert_eq!(update.hosts, ["a.com".into()]);
+    assert!(update.pages.changed.is_empty() && compiler.digest() == digest);
+    compiler.apply(&[Change::Apply(marked("r", "*.com", 2, ""))]);
+    assert_eq!(compiler.commit().hosts.len(), 3);
+    compiler.apply(&[Change::Delete(narrow.key())]);
+    compiler.commit();
+    assert_eq!(compiler.cluster(A).unwrap().connect_timeout.unwrap().seconds, 10);
+}
