@@ -1,5 +1,6 @@
-//! Native lookups: hit, miss and wildcard at several sizes, and the bytes that a host costs. Each answer is checked before
-//! it is timed. CPU time, not wall time: the machines are shared.
+//! Native lookups: hit, miss and wildcard at several sizes, and the bytes that a host costs; `written` is a hit of which the
+//! cluster's name is written and the entry that won is read. Each answer is checked before it is timed. CPU time, not
+//! wall time: the machines are shared.
 
 use std::fmt::Debug;
 use std::hint::black_box;
@@ -7,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use cpu_time::ProcessTime;
-use portolan_registry::decision::Rule;
+use portolan_registry::decision::{Decision, Rule, Verdict};
 use portolan_registry::lookup::{Listener, Request};
 use portolan_registry::row::{Choice, Globals, HostPort, Origin, OriginKind, Row};
 use portolan_registry::snapshot::Snapshot;
@@ -56,28 +57,30 @@ fn build(n: usize) -> (Snapshot, usize) {
     (snapshot, names)
 }
 
-fn measure(snapshot: &Snapshot, names: &[String], rule: Rule) -> f64 {
-    let request = |name: &String| {
-        snapshot
-            .request(&Request { listener: Listener::Captured(PORT), authority: name.as_bytes(), connect: false })
-            .reason
-            .rule
-    };
+fn ask<'s>(snapshot: &'s Snapshot, name: &str) -> Decision<'s> {
+    snapshot.request(&Request { listener: Listener::Captured(PORT), authority: name.as_bytes(), connect: false })
+}
+
+/// A decision, and whatever is made of it.
+fn measure<T>(snapshot: &Snapshot, names: &[String], rule: Rule, mut then: impl FnMut(Decision<'_>) -> T) -> f64 {
     for name in names {
-        assert_eq!(request(name), rule, "{name}");
+        assert_eq!(ask(snapshot, name).reason.rule, rule, "{name}");
     }
     let rounds = 2_000_000 / names.len();
     let start = ProcessTime::now();
     for _ in 0..rounds {
         for name in names {
-            black_box(request(black_box(name)));
+            black_box(then(ask(snapshot, black_box(name))));
         }
     }
     start.elapsed().as_nanos() as f64 / (rounds * names.len()) as f64
 }
 
 fn main() {
-    println!("{:>9} {:>8} {:>8} {:>8} {:>12}", "hosts", "hit ns", "wild ns", "miss ns", "bytes/host");
+    println!(
+        "{:>9} {:>8} {:>8} {:>8} {:>10} {:>12}",
+        "hosts", "hit ns", "wild ns", "miss ns", "written ns", "bytes/host"
+    );
     // Sizes may be given; cargo adds `--bench`.
     let mut sizes: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
     if sizes.is_empty() {
@@ -101,10 +104,18 @@ fn main() {
         let hits: Vec<String> = sample(0).into_iter().map(pattern).collect();
         let wild: Vec<String> = sample(9).into_iter().map(|i| format!("api.w{i}.example.com")).collect();
         let misses: Vec<String> = (0..20_000).map(|i| format!("nobody-{i}.example.org")).collect();
-        let hit = measure(&snapshot, &hits, Rule::HostExact);
-        let wildcard = if wild.is_empty() { f64::NAN } else { measure(&snapshot, &wild, Rule::HostWildcard) };
-        let miss = measure(&snapshot, &misses, Rule::Blocked);
+        let rule = |decision: Decision<'_>| decision.reason.rule;
+        let hit = measure(&snapshot, &hits, Rule::HostExact, rule);
+        let wildcard = if wild.is_empty() { f64::NAN } else { measure(&snapshot, &wild, Rule::HostWildcard, rule) };
+        let miss = measure(&snapshot, &misses, Rule::Blocked, rule);
+        let mut room = Vec::new();
+        let written = measure(&snapshot, &hits, Rule::HostExact, |decision| match decision.verdict {
+            Verdict::Route { cluster } => {
+                (cluster.bytes(&mut room).len(), decision.reason.winner().map(|winner| winner.name.len()))
+            }
+            Verdict::Deny { .. } => (0, None),
+        });
         let bytes = (snapshot.bytes() - names) as f64 / n as f64;
-        println!("{n:>9} {hit:>8.0} {wildcard:>8.0} {miss:>8.0} {bytes:>12.1}");
+        println!("{n:>9} {hit:>8.0} {wildcard:>8.0} {miss:>8.0} {written:>10.0} {bytes:>12.1}");
     }
 }
