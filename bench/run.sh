@@ -8,4 +8,12 @@ cargo build --locked --release -p portolan-proxy-host -p portolan-tests --bins
 for entries in 10 100000; do
     python3 bench/serving.py target/release/proxy-host target/release/origin $entries
 done
+cargo build --locked --release -p portolan-controller --bins --examples
+venv=$(tests/venv.sh)
+[ -e target/filter/wasm32-wasip1/wasm/portolan_filter.wasm ] || make wasm
+for entries in 10000 100000; do
+    SOAK=$([ "$entries" = 10000 ] && echo 10000 || echo 0) SUBSCRIBERS=target/release/examples/subscribers \
+        python3 bench/envoy.py target/release/portolan target/release/origin \
+        target/filter/wasm32-wasip1/wasm/portolan_filter.wasm "$venv/envoy" "$entries"
+done
 ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm

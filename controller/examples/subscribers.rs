@@ -2,14 +2,18 @@
 //! acknowledge what they get and keep nothing of it. Says when all have their snapshot, and ends with standard input.
 
 use std::io::Read;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use portolan_proto::v1::registry_client::RegistryClient;
 use portolan_proto::v1::{Ack, Scope, Subscribe, WatchRequest, watch_request::Message};
 use portolan_registry::page::FORMAT;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
+
+/// How many connect at a time, so that none is turned away at the door.
+const CONNECTING: usize = 32;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -20,20 +24,17 @@ async fn main() -> anyhow::Result<()> {
     let (count, scopes): (usize, usize) = (count.parse()?, scopes.parse()?);
     let endpoint = Endpoint::from_shared(address.clone())?;
     let (ready, mut all) = mpsc::unbounded_channel();
+    let connecting = Arc::new(Semaphore::new(CONNECTING));
     for index in 0..count {
-        let (endpoint, ready) = (endpoint.clone(), ready.clone());
+        let (endpoint, ready, connecting) = (endpoint.clone(), ready.clone(), connecting.clone());
         let namespace = format!("namespace-{}", index % scopes);
         tokio::spawn(async move {
-            // Whatever ends it, the count says that one is missing.
-            let said = match endpoint.connect().await {
-                Ok(channel) => subscribe(channel, namespace, index, ready.clone()).await,
-                Err(error) => Err(error.into()),
-            };
-            if let Err(error) = said {
+            if let Err(error) = subscribe(endpoint, namespace, index, ready, &connecting).await {
                 eprintln!("subscriber {index}: {error:#}");
             }
         });
     }
+    drop(ready);
     let mut bytes = 0;
     for _ in 0..count {
         bytes += all.recv().await.context("all subscribers have ended")?;
@@ -45,11 +46,14 @@ async fn main() -> anyhow::Result<()> {
 
 /// Acknowledges every update; reports the size of the first.
 async fn subscribe(
-    channel: Channel,
+    endpoint: Endpoint,
     namespace: String,
     index: usize,
     ready: mpsc::UnboundedSender<usize>,
+    connecting: &Semaphore,
 ) -> anyhow::Result<()> {
+    let mut permit = Some(connecting.acquire().await?);
+    let channel = endpoint.connect().await?;
     let (say, requests) = mpsc::unbounded_channel();
     let scope = Scope { namespace, ips: vec!["127.0.0.1".into()], ..Scope::default() };
     let subscribe = Subscribe {
@@ -67,6 +71,7 @@ async fn subscribe(
             say.send(WatchRequest { message: Some(Message::Ack(Ack { version: part.version })) })?;
             if std::mem::take(&mut first) {
                 ready.send(bytes)?;
+                drop(permit.take());
             }
         }
     }

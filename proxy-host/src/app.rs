@@ -70,7 +70,7 @@ pub enum AppError {
         error: io::Error,
     },
     /// The address of the controller is none.
-    #[error("--controller {0:?} is not an address; write http://HOST:PORT")]
+    #[error("--controller {0:?} is not an address; write http://HOST:PORT or https://HOST:PORT")]
     Controller(String),
     /// The filter does not load.
     #[error("filter: {0}")]
@@ -408,7 +408,7 @@ fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppEr
             }
         };
         LocalSet::new().block_on(&runtime, async move {
-            let controller = match crate::controller::connect(&config.source).await {
+            let controller = match crate::controller::connect(&config.source, config.controller_tls.as_ref()).await {
                 Ok(controller) => controller,
                 Err(error) => {
                     let _ = started.send(Err(error));

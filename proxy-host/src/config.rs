@@ -11,6 +11,8 @@ use std::{
 use clap::{Parser, ValueEnum};
 use tokio::net::TcpStream;
 
+use crate::controller_tls::ControllerTls;
+
 use crate::{access_log, logging};
 
 /// A small proxy that sends each connection and request where Istio's ServiceEntry resources say.
@@ -47,9 +49,21 @@ pub struct Args {
     /// Istio's MeshConfig, as a YAML file
     #[arg(long, value_name = "FILE", help_heading = CONFIGURATION)]
     pub mesh: Option<PathBuf>,
-    /// Address of a controller to use instead of files, as http://HOST:PORT
+    /// Address of a controller to use instead of files, as http://HOST:PORT or https://HOST:PORT
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config", help_heading = CONFIGURATION)]
     pub controller: Option<String>,
+    /// Authorities of the controller's certificate (PEM), for https
+    #[arg(long, value_name = "FILE", requires = "controller", help_heading = CONFIGURATION)]
+    pub controller_ca: Option<PathBuf>,
+    /// Own certificate (PEM), for a controller that asks who is there
+    #[arg(long, value_name = "FILE", requires_all = ["controller_ca", "controller_key"], help_heading = CONFIGURATION)]
+    pub controller_cert: Option<PathBuf>,
+    /// Private key of the own certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "controller_cert", help_heading = CONFIGURATION)]
+    pub controller_key: Option<PathBuf>,
+    /// Name that the controller's certificate must have, where it is not the host of its address
+    #[arg(long, value_name = "NAME", requires = "controller_ca", help_heading = CONFIGURATION)]
+    pub controller_name: Option<String>,
 
     /// Listen here for connections that iptables redirected
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
@@ -151,6 +165,8 @@ pub type OriginalDestination = fn(&TcpStream) -> io::Result<SocketAddr>;
 pub struct Config {
     /// Where the configuration comes from.
     pub source: Source,
+    /// TLS towards a controller elsewhere.
+    pub controller_tls: Option<ControllerTls>,
     /// Transparent listener.
     pub transparent: Option<SocketAddr>,
     /// HTTP proxy listeners.
@@ -184,6 +200,7 @@ impl Config {
     pub fn of_files(paths: Vec<PathBuf>) -> Self {
         Self {
             source: Source::Files { paths, mesh: None },
+            controller_tls: None,
             transparent: None,
             http_proxies: Vec::new(),
             admin: None,
@@ -211,6 +228,8 @@ impl From<Args> for Config {
             Some(address) => Source::Controller(format!("http://{address}")),
             None => Source::Files { paths: args.config, mesh: args.mesh },
         };
+        let own = args.controller_cert.zip(args.controller_key);
+        config.controller_tls = args.controller_ca.map(|ca| ControllerTls { ca, own, name: args.controller_name });
         config.transparent = args.transparent;
         config.http_proxies = args.http_proxy.into_iter().collect();
         config.admin = args.admin;
@@ -276,6 +295,8 @@ mod tests {
         for args in [
             &[][..],
             &["--config", "a", "--controller", "b"],
+            &["--config", "a", "--controller-ca", "b"],
+            &["--controller", "https://a", "--controller-ca", "b", "--controller-cert", "c"],
             &["--config", "a", "--labels", "x"],
             &["--config", "a", "--threads", "0"],
             &["--config", "a", "--max-connections", "0"],

@@ -5,7 +5,7 @@ use hyper_util::rt::TokioIo;
 use portolan_controller::embed::{self, ControllerConfig};
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::{app::AppError, config::Source};
+use crate::{app::AppError, config::Source, controller_tls::ControllerTls};
 
 /// A connection to a controller; the embedded one lives as long as this.
 pub struct Controller {
@@ -36,15 +36,46 @@ impl Controller {
 ///
 /// # Errors
 /// The address or the configuration cannot be used.
-pub async fn connect(source: &Source) -> Result<Controller, AppError> {
+pub async fn connect(source: &Source, tls: Option<&ControllerTls>) -> Result<Controller, AppError> {
     match source {
         Source::Controller(address) => {
-            let endpoint = Endpoint::from_shared(address.clone()).map_err(|_| AppError::Controller(address.clone()))?;
+            let wrong = || AppError::Controller(address.clone());
+            let endpoint = Endpoint::from_shared(address.clone()).map_err(|_| wrong())?;
             // Opened with the first call, and again after each failure.
-            Ok(Controller { channel: endpoint.connect_lazy(), proxy_http_port: None, embedded: None })
+            let channel = match (endpoint.uri().scheme_str(), tls) {
+                (Some("http"), None) => endpoint.connect_lazy(),
+                (Some("https"), Some(tls)) => {
+                    // Better now, by name, than with each attempt.
+                    tls.load().map_err(|error| AppError::Config(error.to_string()))?;
+                    secured(&endpoint, address, tls).ok_or_else(wrong)?
+                }
+                (Some("https"), None) => {
+                    return Err(AppError::Config("--controller https://… needs --controller-ca".to_owned()));
+                }
+                (_, Some(_)) => {
+                    return Err(AppError::Config(
+                        "--controller-ca goes with --controller https://HOST:PORT".to_owned(),
+                    ));
+                }
+                _ => return Err(wrong()),
+            };
+            Ok(Controller { channel, proxy_http_port: None, embedded: None })
         }
         Source::Files { paths, mesh } => start(&ControllerConfig { paths: paths.clone(), mesh: mesh.clone() }).await,
     }
+}
+
+/// A channel over TLS of our own: the endpoint itself is told that it is plain.
+fn secured(endpoint: &Endpoint, address: &str, tls: &ControllerTls) -> Option<Channel> {
+    let address: Uri = address.parse().ok()?;
+    let tls = tls.clone();
+    let connector = tower::service_fn(move |_: Uri| {
+        let (tls, address) = (tls.clone(), address.clone());
+        async move { tls.connect(&address).await.map(TokioIo::new) }
+    });
+    let authority = endpoint.uri().authority()?;
+    let plain = Endpoint::from_shared(format!("http://{authority}")).ok()?;
+    Some(plain.connect_with_connector_lazy(connector))
 }
 
 async fn start(config: &ControllerConfig) -> Result<Controller, AppError> {

@@ -19,6 +19,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod controller;
+pub mod controller_tls;
 pub mod dns;
 pub mod exec;
 pub mod filter;

@@ -55,9 +55,9 @@ def entry(name, host, ports, address=None, extra=""):
 
 class World:
     """One controller and one proxy, and the files between them."""
-    def __init__(self, kind, echo, files, gate=None, controller=True, workers=2, wasm=WASM, serve=(), bootstrap=("--plaintext",)):
+    def __init__(self, kind, echo, files, gate=None, controller=True, workers=2, wasm=WASM, serve=(), bootstrap=("--plaintext",), tls=()):
         self.kind, self.echo, self.workers, self.wasm = kind, echo, workers, wasm
-        self.serve, self.bootstrap = serve, bootstrap
+        self.serve, self.bootstrap, self.tls = serve, bootstrap, tls
         self.folder = tempfile.TemporaryDirectory(prefix=f"{rig.NS}.")
         os.chmod(self.folder.name, 0o755)
         os.mkdir(f"{self.folder.name}/config")
@@ -122,7 +122,7 @@ class World:
             self.start("proxy", [ENVOY, "-c", path, "--concurrency", self.workers, "--use-dynamic-base-id", "-l", "warn",
                                  "--component-log-level", "wasm:info"])
         else:
-            self.start("proxy", [PROXY_HOST, "--controller", f"http://127.0.0.1:{port}", "--transparent", "0.0.0.0:15001",
+            self.start("proxy", [PROXY_HOST, "--controller", f"{'https' if self.tls else 'http'}://127.0.0.1:{port}", *self.tls, "--transparent", "0.0.0.0:15001",
                                  "--http-proxy", "127.0.0.1:15020", "--ip", "1.1.1.1", "--threads", self.workers,
                                  "--access-log=false"])
 
@@ -442,19 +442,20 @@ def changes_under_load(kind, echo, changes=1000):
 
 
 @scenario
-@of_envoy
 def mutual_tls(kind, echo):
-    """With mutual TLS an Envoy is served as what its certificate says, and not at all if it says otherwise."""
+    """With mutual TLS a proxy is served as what its certificate says, and not at all if it says otherwise."""
     certs = rig.CERTS
     serve = ["--tls-cert", f"{certs}/server.pem", "--tls-key", f"{certs}/server-key.pem", "--tls-client-ca", f"{certs}/ca.pem"]
     own = ["--ca", f"{certs}/ca.pem", "--cert", f"{certs}/client.pem", "--key", f"{certs}/client-key.pem",
            "--controller-name", "example.com", "--namespace"]
-    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "ext"]) as w:
+    host = ["--controller-ca", f"{certs}/ca.pem", "--controller-cert", f"{certs}/client.pem",
+            "--controller-key", f"{certs}/client-key.pem", "--controller-name", "example.com", "--namespace"]
+    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "ext"], tls=[*host, "ext"]) as w:
         w.serving("web.example.com")
         held = json.loads(w.admin("config_dump"))["subscribers"]
         assert {s["identity"] for s in held} == {"spiffe://cluster.local/ns/ext/sa/echo"}, held
         assert {s["stream"] for s in held} == {"registry", "discovery"}, held
-    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "default"]) as w:
+    with World(kind, echo, BASIC, serve=serve, bootstrap=[*own, "default"], tls=[*host, "default"]) as w:
         until("the lie is refused", lambda: w.metric("denied") > 0)
         assert not json.loads(w.admin("config_dump"))["subscribers"]
 
