@@ -259,13 +259,12 @@ impl Engine {
 }
 
 /// What of a scope bears on what is compiled: subscribers that differ in nothing else share it. Sidecars select by
-/// labels.
+/// labels, and what is near depends on the locality.
 fn relevant(scope: &Scope) -> Scope {
     let mut ips = scope.ips.clone();
     ips.sort();
     ips.dedup();
-    let (namespace, labels) = (scope.namespace.clone(), scope.labels.clone());
-    Scope { namespace, labels, role: scope.role, ips, ..Scope::default() }
+    Scope { ips, ..scope.clone() }
 }
 
 impl ScopeState {

@@ -316,6 +316,61 @@ fn proxy_protocol_goes_around_tls() {
     assert!(format!("{plain:?}").contains("envoy.transport_sockets.upstream_proxy_protocol"));
 }
 
+/// Endpoints in three places, seen from `locality`: priority, weight and addresses of each group.
+fn places(balancer: &str, locality: &str) -> Vec<(u32, u32, Vec<String>)> {
+    let at = |address: &str, locality: &str, tier: &str| {
+        endpoint(address).with(|e| {
+            e.locality = locality.into();
+            e.labels = labels(&[("tier", tier)]);
+        })
+    };
+    let endpoints =
+        vec![at("10.0.1.1", "r1/z1/s1", "a"), at("10.0.1.2", "r1/z2/s1", "b"), at("10.0.1.3", "r2/z1/s1", "a")];
+    let a = se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = endpoints);
+    let rule = rule("r", &format!("{{host: a.com, trafficPolicy: {balancer}}}"));
+    let scope = Scope { locality: locality.into(), labels: labels(&[("tier", "a")]), ..scope() };
+    let (compiler, _) = compile([entry(a), rule], scope, blocking());
+    let groups = compiler.cluster(A).unwrap().load_assignment.unwrap().endpoints;
+    let group = |group: &portolan_proto::envoy::envoy::config::endpoint::v3::LocalityLbEndpoints| {
+        let assignment = portolan_proto::envoy::envoy::config::endpoint::v3::ClusterLoadAssignment {
+            endpoints: vec![group.clone()],
+            ..Default::default()
+        };
+        let of = Cluster { load_assignment: Some(assignment), ..Cluster::default() };
+        (group.priority, group.load_balancing_weight.unwrap().value, addresses(&of).into_iter().collect())
+    };
+    let mut out: Vec<_> = groups.iter().map(group).collect();
+    out.sort();
+    out
+}
+
+#[test]
+fn localities() {
+    let expect = |policy: &str, locality: &str, want: &[(u32, u32, &[&str])]| {
+        let want: Vec<(u32, u32, Vec<String>)> =
+            want.iter().map(|(p, w, list)| (*p, *w, list.iter().map(|a| (*a).to_owned()).collect())).collect();
+        assert_eq!(places(policy, locality), want, "{policy} from {locality}");
+    };
+    let balancer =
+        |setting: &str| format!("{{outlierDetection: {{}}, loadBalancer: {{localityLbSetting: {setting}}}}}");
+    let (one, two, three): (&[&str], &[&str], &[&str]) = (&["10.0.1.1"], &["10.0.1.2"], &["10.0.1.3"]);
+    // Outlier detection alone brings failover about, unless it is switched off.
+    expect("{outlierDetection: {}}", "r1/z1/s1", &[(0, 1, one), (1, 1, two), (2, 1, three)]);
+    expect("{outlierDetection: {}}", "r2/z7/s1", &[(0, 1, three), (1, 1, one), (1, 1, two)]);
+    expect(&balancer("{enabled: false}"), "r1/z1/s1", &[(0, 1, one), (0, 1, two), (0, 1, three)]);
+    expect("{loadBalancer: {simple: RANDOM}}", "r1/z1/s1", &[(0, 1, one), (0, 1, two), (0, 1, three)]);
+    // Another region is to stand in.
+    expect(&balancer("{failover: [{from: r9, to: r2}]}"), "r9/z/s", &[(0, 1, three), (1, 1, one), (1, 1, two)]);
+    let shares = balancer("{distribute: [{from: r1/z1/*, to: {'r1/z2/*': 50, 'r2/*': 50}}]}");
+    expect(&shares, "r1/z1/s1", &[(0, 1, &[]), (0, 50, two), (0, 50, three)]);
+    expect(&shares, "r2/z1/s1", &[(0, 1, one), (0, 1, two), (0, 1, three)]);
+    let labels = balancer("{failoverPriority: [tier, topology.kubernetes.io/region]}");
+    expect(&labels, "r1/z1/s1", &[(0, 1, one), (1, 1, three), (2, 1, two)]);
+    expect(&balancer("{failoverPriority: ['tier=b']}"), "r1", &[(0, 1, two), (1, 1, one), (1, 1, three)]);
+    let zones = "{loadBalancer: {zoneAwareLbSetting: {}}}";
+    expect(zones, "r1/z1/s1", &[(0, 1, one), (0, 1, two), (1, 1, three)]);
+}
+
 #[test]
 fn a_changed_rule_changes_the_clusters_of_its_hosts_alone() {
     let mut compiler = Compiler::new(scope(), blocking());

@@ -236,7 +236,7 @@ fn endpoint(port: &ServicePort, workload: &Workload, labels: &Labels, namespace:
 }
 
 /// The labels of an endpoint and those of where it is.
-fn with_topology(labels: &Labels, locality: &str) -> Labels {
+pub(super) fn with_topology(labels: &Labels, locality: &str) -> Labels {
     const TOPOLOGY: [&str; 3] =
         ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
     let mut out = labels.clone();

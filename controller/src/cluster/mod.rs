@@ -1,6 +1,7 @@
 //! Envoy clusters, built when a host asks for one by name (SEMANTICS 2.2 to 2.9, 5.6, 5.7, 8.2).
 
 pub(crate) mod endpoints;
+mod locality;
 mod policy;
 mod tls;
 
@@ -147,7 +148,9 @@ pub(crate) fn build(
     };
     let mut cluster = with_protocol(cluster, service_port.protocol);
     if let Some(rule) = &rule {
-        policy::apply(&mut cluster, &rule.policy(port, named.subset), &identities);
+        let policy = rule.policy(port, named.subset);
+        policy::apply(&mut cluster, &policy, &identities);
+        locality::apply(&mut cluster, &policy, &all, &cx.scope);
     }
     Some(finish(cluster, &declared.member.source, None))
 }

@@ -195,6 +195,9 @@ fn load_balancer(cluster: &mut Cluster, settings: Option<&LoadBalancer>) {
         }));
         return;
     }
+    let old = settings
+        .warmup_duration_secs
+        .map(|window| SlowStartConfig { slow_start_window: Some(duration(window)), ..SlowStartConfig::default() });
     let slow_start_config = settings.warmup.as_ref().map(|warmup| SlowStartConfig {
         slow_start_window: warmup.duration.map(duration),
         aggression: Some(core::RuntimeDouble {
@@ -203,6 +206,7 @@ fn load_balancer(cluster: &mut Cluster, settings: Option<&LoadBalancer>) {
         }),
         min_weight_percent: Some(kind::Percent { value: warmup.minimum_percent.unwrap_or(10.0) }),
     });
+    let slow_start_config = slow_start_config.or(old);
     match settings.simple.unwrap_or_default() {
         SimpleLb::Random => cluster.lb_policy = LbPolicy::Random.into(),
         SimpleLb::RoundRobin => {

@@ -203,9 +203,6 @@ pub fn unserved(spec: &DestinationRule) -> Vec<&'static str> {
         let levels = policy.port_level_settings.iter();
         let balancers = levels.clone().map(|level| &level.load_balancer).chain([&policy.load_balancer]);
         for balancer in balancers.flatten() {
-            if balancer.locality_lb_setting.is_some() || balancer.zone_aware_lb_setting.is_some() {
-                out.insert("loadBalancer by locality");
-            }
             if balancer.consistent_hash.is_some() {
                 out.insert("the key of consistentHash: endpoints are chosen at random");
             }
