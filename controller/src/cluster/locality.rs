@@ -205,7 +205,7 @@ fn labels_of<'e>(endpoint: &LbEndpoint, all: &'e [Endpoint]) -> Option<&'e Label
 fn zone_aware(cluster: &mut Cluster, setting: &ZoneAwareLb, all: &[Endpoint], here: &Here) {
     let off = setting.enabled == Some(false);
     let zones = ZoneAwareLbConfig {
-        routing_enabled: off.then(|| Percent { value: 0.0 }),
+        routing_enabled: off.then_some(Percent { value: 0.0 }),
         min_cluster_size: setting.min_cluster_size.map(|value| UInt64Value { value }),
         ..ZoneAwareLbConfig::default()
     };
