@@ -52,12 +52,12 @@ pub struct Info {
     pub backend_latency: Cell<Option<Duration>>,
     /// gRPC status of the response.
     pub grpc_status: Cell<Option<i64>>,
+    /// Name of the cluster; empty before it is known.
+    pub cluster: RefCell<String>,
     /// The connection to the upstream.
     pub upstream: Cell<Option<Peers>>,
     /// Attempts to ask the upstream.
     pub attempts: Cell<u64>,
-    /// Why there is no connection to the upstream.
-    pub transport_failure: RefCell<String>,
 }
 
 impl Info {
@@ -78,9 +78,10 @@ impl Info {
             flags: Cell::default(),
             backend_latency: Cell::default(),
             grpc_status: Cell::default(),
+            // The one route leads there.
+            cluster: RefCell::new(if protocol.is_some() { UPSTREAM_CLUSTER.to_owned() } else { String::new() }),
             upstream: Cell::default(),
             attempts: Cell::default(),
-            transport_failure: RefCell::default(),
         }
     }
 
@@ -146,7 +147,6 @@ impl Info {
             b"address" => Some(Cow::Owned(self.upstream.get()?.remote.to_string().into_bytes())),
             b"port" => number(self.upstream.get()?.remote.port().into()),
             b"local_address" => Some(Cow::Owned(self.upstream.get()?.local.to_string().into_bytes())),
-            b"transport_failure_reason" => some(self.transport_failure.borrow().as_bytes()),
             b"request_attempt_count" => number(self.attempts.get().into()),
             _ => None,
         }
@@ -154,7 +154,7 @@ impl Info {
 
     fn xds(&self, name: &[u8]) -> Option<Cow<'_, [u8]>> {
         match name {
-            b"cluster_name" => text(UPSTREAM_CLUSTER),
+            b"cluster_name" => some(self.cluster.borrow().as_bytes()),
             b"route_name" | b"filter_chain_name" => text(""),
             b"virtual_host_name" => self.protocol.and_then(|_| text("upstream")),
             // Envoy's `TrafficDirection.UNSPECIFIED`.

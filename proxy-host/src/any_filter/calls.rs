@@ -1,6 +1,9 @@
 //! HTTP calls, gRPC calls and gRPC streams that a filter makes.
 
-use std::{rc::Rc, time::Duration};
+use std::{
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::{
@@ -36,6 +39,7 @@ mod code {
 /// with 504; none at all means that a response broke off.
 pub async fn http(asker: Asker, cluster: Rc<Cluster>, call: HttpCall) {
     let timeout = call.timeout;
+    let begun = Instant::now();
     let exchange = async {
         let answer = match http_request(call) {
             Some(request) => cluster.send(request, false).await,
@@ -43,7 +47,9 @@ pub async fn http(asker: Asker, cluster: Rc<Cluster>, call: HttpCall) {
         };
         match answer {
             Ok(answer) => {
-                let (parts, body) = answer.response.into_parts();
+                let (mut parts, body) = answer.response.into_parts();
+                let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+                parts.headers.insert("x-envoy-upstream-service-time", HeaderValue::from(millis));
                 let (body, trailers) = collect(body).await?;
                 answer.lease.finish();
                 let head = ResponseHead { status: parts.status, headers: parts.headers };
@@ -62,7 +68,7 @@ pub async fn http(asker: Asker, cluster: Rc<Cluster>, call: HttpCall) {
 }
 
 fn http_request(call: HttpCall) -> Option<Request<Body>> {
-    let HttpCall { head, body, trailers, .. } = call;
+    let HttpCall { head, body, trailers, timeout, .. } = call;
     let mut request = Request::builder()
         .method(head.method)
         .uri(head.path.as_ref().map_or(&b"/"[..], HeaderValue::as_bytes))
@@ -72,6 +78,10 @@ fn http_request(call: HttpCall) -> Option<Request<Body>> {
     let headers = request.headers_mut();
     headers.insert(HOST, head.authority?);
     headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
+    if !timeout.is_zero() {
+        let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(millis));
+    }
     if !body.is_empty() {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
     }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`host`] | keeps a thread's VM, and wakes streams that wait for their filter |
 //! | [`outside`] | what the VM asks for: log, timers, calls |
-//! | [`http`], [`tcp`] | carry requests and connections past the filter's callbacks |
+//! | [`http`], [`pump`], [`tcp`] | carry requests, their bodies, and connections past the filter's callbacks |
 //! | [`client`], [`calls`] | the upstream, and the clusters that a filter calls |
 //! | [`attributes`] | properties by Envoy's names |
 //!
@@ -17,6 +17,7 @@ pub mod client;
 pub mod host;
 pub mod http;
 pub mod outside;
+pub mod pump;
 pub mod tcp;
 
 use std::{

@@ -19,7 +19,7 @@ use super::{
     attributes::{Connection, Info},
     client::Cluster,
     host::{Abort, Step, Stream},
-    http::LIMIT,
+    pump::LIMIT,
 };
 use crate::vm::{NetworkState, PeerType, StreamType};
 
@@ -75,12 +75,12 @@ async fn carry(proxy: &Proxy, stream: &Stream, client: TcpStream) -> Ended {
     let (upstream, peers) = match cluster.connect().await {
         Ok(connected) => connected,
         Err(failure) => {
-            stream.info.transport_failure.replace(failure.to_string());
             stream.info.flags.set(failure.flag().0);
             return Ended::Local;
         }
     };
     stream.info.upstream.set(Some(peers));
+    stream.info.cluster.replace(cluster.name.clone());
     if !stream.wants.downstream_data && !stream.wants.upstream_data && first.is_none() {
         return plain(from_client, to_client, upstream).await;
     }

@@ -169,11 +169,38 @@ fn data_queues_timers_and_metrics() {
         "queue true \"message 2\"",
         "then Ok(None)",
         "metrics Ok(0) Ok(4) Ok(())",
+        "no function Err(NotFound)",
     ] {
         assert!(said.iter().any(|said| said == line), "{line} in {said:#?}");
     }
     let host = Host::start(Kind::Portolan, &setup);
     host.wait("third tick");
+}
+
+#[test]
+fn data_metrics_and_functions_are_envoys() {
+    let said = same(&Setup::new("shared", origin(false)), "shared", |host| {
+        assert_eq!(get(host.address, "/", "").status, 200);
+        let mut said = host.wait("then");
+        // When timers fire, and on which of Envoy's threads, is not the question.
+        said.retain(|line| !line.contains("tick"));
+        said
+    });
+    let compressed = said.iter().find(|line| line.starts_with("compressed ")).unwrap();
+    assert!(compressed.ends_with("\"hello world!\""), "{compressed}");
+}
+
+#[test]
+fn a_timer_lets_requests_pass_or_answers_them() {
+    let results = same(&Setup::new("waiting", origin(false)), "waiting", |host| {
+        let first = get(host.address, "/", "").compared();
+        let second = get(host.address, "/", "").compared();
+        (first, second, host.wait_count("delete", 2))
+    });
+    let (passed, answered, said) = results;
+    assert!(passed.status == 200 && passed.body.contains("x-waited: yes\n"), "{passed:?}");
+    assert_eq!((answered.status, answered.body.as_str()), (429, "too many\n"));
+    assert_eq!(said, ["released 1", "delete", "released 2", "delete"]);
 }
 
 /// Attributes that must be the same in both hosts, apart from those that hold a time, a port or an id.

@@ -234,6 +234,42 @@ fn a_crash_is_503_and_the_filter_comes_back() {
 }
 
 #[test]
+fn a_grpc_request_gets_a_local_response_in_grpcs_form() {
+    let setup = Setup { http2: true, ..Setup::new("order", origin(true)) };
+    let got = same(&setup, "gRPC", |host| {
+        let headers = [("content-type", "application/grpc"), ("te", "trailers"), ("x-at", "request-headers=respond")];
+        http2(host.address, "/s/m", &headers, "", &[]).compared()
+    });
+    assert_eq!(got.status, 200);
+    assert!(got.has("grpc-status: 2") && got.has("grpc-message: tea%0A"), "{got:?}");
+}
+
+#[test]
+fn a_client_that_goes_away_ends_its_stream() {
+    let setup = Setup { calls: setup_that_never_answers(), ..Setup::new("order", origin(false)) };
+    same(&setup, "a client that goes away", |host| {
+        let mut stream = std::net::TcpStream::connect(host.address).unwrap();
+        std::io::Write::write_all(&mut stream, b"GET /p HTTP/1.1\r\nhost: a\r\nx-at: request-headers=pause\r\n\r\n")
+            .unwrap();
+        host.printed("@@ request-headers");
+        drop(stream);
+        host.wait("delete")
+    });
+}
+
+fn setup_that_never_answers() -> std::net::SocketAddr {
+    crate::support::server(false, |_| std::future::pending())
+}
+
+#[test]
+fn the_end_of_the_process_is_told_to_the_filter() {
+    let host = Host::start(Kind::Portolan, &Setup::new("headers", origin(false)));
+    assert_eq!(get(host.address, "/", "").status, 200);
+    assert_eq!(host.terminate(), Some(0));
+    host.wait("root headers done");
+}
+
+#[test]
 fn an_upstream_that_is_not_there_is_shown_to_the_filter_as_503() {
     let setup = Setup::new("order", "127.0.0.1:1".parse().unwrap());
     let (said, got) = same(&setup, "no upstream", |host| {

@@ -100,6 +100,15 @@ fn a_filter_state_chooses_the_cluster() {
 }
 
 #[test]
+fn connections_have_envoys_attributes() {
+    let said = same(&setup("attributes"), "attributes", |host| {
+        assert_eq!(talk(host, &[("hi", "main:hi".len())]), "main:hi");
+        host.wait("delete")
+    });
+    assert!(said.iter().any(|line| line.starts_with("upstream upstream.port Ok(Some(")), "{said:#?}");
+}
+
+#[test]
 fn an_upstream_that_is_not_there_closes_the_connection() {
     let setup = Setup { upstream: "127.0.0.1:1".parse().unwrap(), ..setup("") };
     let (got, said) = same(&setup, "no upstream", |host| (talk(host, &[]), host.wait("delete")));

@@ -134,7 +134,7 @@ impl<'a> Setup<'a> {
 /// A filter that runs in a process of its own.
 pub struct Host {
     pub address: SocketAddr,
-    child: Child,
+    child: Mutex<Child>,
     lines: Arc<Lines>,
     _dir: tempfile::TempDir,
 }
@@ -148,8 +148,9 @@ struct Lines {
 impl Drop for Host {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let mut child = self.child.lock().unwrap();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 
@@ -180,7 +181,7 @@ impl Host {
                 to.came.notify_all();
             }
         });
-        let host = Self { address, child, lines, _dir: dir };
+        let host = Self { address, child: Mutex::new(child), lines, _dir: dir };
         let end = Instant::now() + PATIENCE;
         while TcpStream::connect(address).is_err() {
             assert!(Instant::now() < end, "{kind:?} does not listen: {:?}", host.all());
@@ -196,6 +197,14 @@ impl Host {
             host.lines.lines.lock().unwrap().clear();
         }
         host
+    }
+
+    /// Sends SIGTERM, and gives the exit status.
+    pub fn terminate(&self) -> Option<i32> {
+        let mut child = self.child.lock().unwrap();
+        let killed = Command::new("kill").arg(child.id().to_string()).status().expect("kill runs");
+        assert!(killed.success());
+        child.wait().unwrap().code()
     }
 
     /// Everything that the host has written.

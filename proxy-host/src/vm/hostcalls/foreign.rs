@@ -1,9 +1,11 @@
-//! Foreign functions: Envoy's that steer routing, and whatever the embedder adds.
+//! Foreign functions: Envoy's, and whatever the embedder adds. Envoy's `expr_*`, which evaluate CEL, are not there.
 
 use super::{ENV, HostState};
 use crate::vm::abi::Status;
 use crate::vm::memory::{Fault, finish, give, read, read_str, split};
+use flate2::{Compression, bufread::ZlibDecoder, write::ZlibEncoder};
 use prost::Message;
+use std::io::{Read as _, Write as _};
 use wasmtime::{Caller, Linker};
 
 pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
@@ -47,8 +49,48 @@ fn call(
             state.stream().ok_or(Status::BadArgument)?.filter_state.set(set.path, set.value);
             Vec::new()
         }
+        "compress" => compress(arguments)?,
+        "uncompress" => uncompress(arguments)?,
+        // A property that is set is readable as it is, whatever it was declared to be.
+        "declare_property" => Vec::new(),
         _ => state.env.foreign(name, arguments)?,
     };
     // As Envoy: no result leaves the guest's pointers alone.
     if result.is_empty() { Ok(()) } else { give(&mut caller, &result, to, to_len) }
+}
+
+/// What `uncompress` gives at most, in bytes: a few bytes must not fill the host's memory.
+const LARGEST: u64 = 64 << 20;
+
+fn compress(bytes: &[u8]) -> Result<Vec<u8>, Status> {
+    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).and_then(|()| encoder.finish()).map_err(|_| Status::InternalFailure)
+}
+
+fn uncompress(bytes: &[u8]) -> Result<Vec<u8>, Status> {
+    let mut out = Vec::new();
+    // One byte more than allowed shows that there is more.
+    let read =
+        ZlibDecoder::new(bytes).take(LARGEST + 1).read_to_end(&mut out).map_err(|_| Status::SerializationFailure)?;
+    if read as u64 > LARGEST { Err(Status::InternalFailure) } else { Ok(out) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compressed_is_what_comes_back() {
+        let compressed = compress(b"hello world!").unwrap();
+        assert_eq!(compressed[..2], [0x78, 0x9c]);
+        assert_eq!(uncompress(&compressed).unwrap(), b"hello world!");
+        assert_eq!(uncompress(b"no zlib"), Err(Status::SerializationFailure));
+    }
+
+    #[test]
+    fn a_bomb_is_refused() {
+        let bomb = compress(&vec![0; (64 << 20) + 1]).unwrap();
+        assert!(bomb.len() < 100_000);
+        assert_eq!(uncompress(&bomb), Err(Status::InternalFailure));
+    }
 }

@@ -43,8 +43,14 @@ impl HttpContext for GrpcCall {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         let method = self.get_http_request_header("x-method").unwrap_or_default();
         let metadata = vec![("x-meta", &b"data"[..])];
-        let called =
-            self.dispatch_grpc_call("grpc", "test.Service", &method, metadata, Some(b"ask"), Duration::from_millis(500));
+        let called = self.dispatch_grpc_call(
+            "grpc",
+            "test.Service",
+            &method,
+            metadata,
+            Some(b"ask"),
+            Duration::from_millis(500),
+        );
         if let Err(status) = called {
             say(format!("no call: {status:?}"));
             return Action::Continue;

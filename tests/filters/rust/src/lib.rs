@@ -8,6 +8,7 @@ mod network;
 mod order;
 mod properties;
 mod shared;
+mod waiting;
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext, StreamContext};
 use proxy_wasm::types::{ContextType, LogLevel};
@@ -29,6 +30,8 @@ struct Root {
     kind: String,
     configuration: String,
     shared: shared::Root,
+    waiting: waiting::Queue,
+    released: u32,
 }
 
 fn text(bytes: Option<Vec<u8>>) -> String {
@@ -55,10 +58,16 @@ impl RootContext for Root {
         if self.kind == "shared" {
             self.shared.configure();
         }
+        if self.kind == "waiting" {
+            self.set_tick_period(std::time::Duration::from_millis(50));
+        }
         self.configuration != "refuse"
     }
 
     fn on_tick(&mut self) {
+        if self.kind == "waiting" {
+            return waiting::tick(&self.waiting, &mut self.released);
+        }
         self.shared.tick();
     }
 
@@ -80,6 +89,7 @@ impl RootContext for Root {
             "grpc-call" => Box::new(calls::GrpcCall),
             "grpc-stream" => Box::new(calls::GrpcStream::default()),
             "shared" => Box::new(shared::Http),
+            "waiting" => Box::new(waiting::Waiting { id, queue: self.waiting.clone() }),
             "properties" => Box::new(properties::Properties::new(&configuration)),
             other => panic!("no filter {other:?}"),
         })

@@ -15,6 +15,33 @@ impl Network {
     }
 }
 
+/// Attributes of connections that are the same in every host and at every time.
+const ATTRIBUTES: [&str; 12] = [
+    "connection.mtls",
+    "connection.requested_server_name",
+    "connection.termination_details",
+    "destination.port",
+    "request.path",
+    "request.protocol",
+    "upstream.address",
+    "upstream.port",
+    "upstream.transport_failure_reason",
+    "xds.cluster_name",
+    "xds.listener_direction",
+    "plugin_root_id",
+];
+
+impl Network {
+    fn show(&self, phase: &str) {
+        for path in ATTRIBUTES.iter().filter(|_| self.what == "attributes") {
+            let value = proxy_wasm::hostcalls::get_property(path.split('.').collect());
+            // The listener's port differs between hosts: only that there is one is told.
+            let value = value.map(|value| value.map(|bytes| if *path == "destination.port" { vec![1] } else { bytes }));
+            say(format!("{phase} {path} {value:?}"));
+        }
+    }
+}
+
 fn peer(peer: PeerType) -> &'static str {
     match peer {
         PeerType::Local => "local",
@@ -44,6 +71,7 @@ impl Drop for Network {
 impl StreamContext for Network {
     fn on_new_connection(&mut self) -> Action {
         say("new");
+        self.show("new");
         match self.what.as_str() {
             "ask" => {
                 let headers = vec![(":method", "GET"), (":path", "/"), (":authority", "a")];
@@ -88,6 +116,7 @@ impl StreamContext for Network {
     fn on_upstream_data(&mut self, size: usize, end: bool) -> Action {
         let data = text(self.get_upstream_data(0, size));
         say(format!("upstream {data:?} {end}"));
+        self.show("upstream");
         if self.what == "lines" && size > 0 {
             self.set_upstream_data(size, 0, b"<");
             self.set_upstream_data(0, 0, b">");

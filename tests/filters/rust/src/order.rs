@@ -23,7 +23,11 @@ impl Order {
         }
         match self.what.as_str() {
             "respond" => {
-                self.send_http_response(418, vec![("x-local", callback), ("content-type", "text/x-tea")], Some(b"tea\n"));
+                self.send_http_response(
+                    418,
+                    vec![("x-local", callback), ("content-type", "text/x-tea")],
+                    Some(b"tea\n"),
+                );
                 Action::Pause
             }
             "empty" => {

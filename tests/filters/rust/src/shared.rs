@@ -63,6 +63,11 @@ impl HttpContext for Http {
             hostcalls::get_metric(counter).map(|value| value % 2),
             hostcalls::get_metric(gauge)
         ));
+        let compressed =
+            self.call_foreign_function("compress", Some(b"hello world!")).ok().flatten().unwrap_or_default();
+        let back = self.call_foreign_function("uncompress", Some(&compressed)).ok().flatten();
+        say(format!("compressed {compressed:02x?} {:?}", text(back)));
+        say(format!("no function {:?}", self.call_foreign_function("none", None)));
         self.send_http_response(200, vec![("x-count", &count.to_string())], None);
         Action::Pause
     }
