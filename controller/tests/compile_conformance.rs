@@ -1,4 +1,4 @@
-//! The conformance cases of ServiceEntries and Sidecars, decided on paper: what the plan says of a connection, where the snapshot
+//! The conformance cases of ServiceEntries, Sidecars and DestinationRules, decided on paper: what the plan says of a connection, where the snapshot
 //! sends it, and which addresses its cluster holds, against what istiod and Envoy were seen to do.
 
 #[path = "compile/objects.rs"]
@@ -23,7 +23,7 @@ use serde_json::Value;
 fn cases() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance/cases");
     let mut out: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
-    let others = ["VirtualService", "DestinationRule", "Gateway"].map(|k| format!("kind: {k}\n"));
+    let others = ["VirtualService", "Gateway"].map(|k| format!("kind: {k}\n"));
     out.retain(|case| {
         let config = std::fs::read_to_string(case.join("config.yaml")).unwrap();
         // A listener with a socket of its own is not compiled yet.
@@ -65,7 +65,12 @@ fn targets(compiler: &Compiler, name: &str, dst: Option<SocketAddr>) -> Option<B
         }
         return Some([dst.to_string()].into());
     }
-    let endpoints = cluster.load_assignment?.endpoints.into_iter().flat_map(|l| l.lb_endpoints);
+    // Of the priorities the first that has endpoints.
+    let mut groups = cluster.load_assignment?.endpoints;
+    groups.retain(|group| !group.lb_endpoints.is_empty());
+    let first = groups.iter().map(|group| group.priority).min();
+    groups.retain(|group| Some(group.priority) == first);
+    let endpoints = groups.into_iter().flat_map(|l| l.lb_endpoints);
     endpoints
         .map(|e| {
             let Some(HostIdentifier::Endpoint(e)) = e.host_identifier else { return None };
@@ -103,7 +108,7 @@ fn decide(compiler: &Compiler, snapshot: &Snapshot, probe: &Value) -> (String, O
 #[test]
 fn decisions_agree() {
     let cases = cases();
-    assert!(cases.len() > 40, "{} cases", cases.len());
+    assert!(cases.len() > 70, "{} cases", cases.len());
     let mut wrong = Vec::new();
     for case in cases {
         let text = std::fs::read_to_string(case.join("case.yaml")).unwrap();
@@ -116,6 +121,8 @@ fn decisions_agree() {
         let (_, loaded) = YamlSource::load(&files.collect::<Vec<_>>(), Some(&case.join("mesh.yaml"))).unwrap();
         let scope = Scope {
             namespace: proxy["namespace"].as_str().unwrap_or("default").into(),
+            labels: serde_json::from_value(proxy["labels"].clone()).unwrap_or_default(),
+            locality: proxy["locality"].as_str().unwrap_or_default().into(),
             ips: vec!["1.1.1.1".into()],
             ..Scope::default()
         };
@@ -128,6 +135,10 @@ fn decisions_agree() {
         let probes: Vec<Value> = json_lines(&text, "- ").collect();
         assert_eq!(probes.len(), expected.len(), "{}", case.display());
         for (probe, expected) in probes.iter().zip(&expected).filter(|(p, _)| p["difference"].is_null()) {
+            // What hashing and ejection do while requests go by cannot be seen on paper.
+            if probe["distinct"] == true || case.ends_with("dr-outlier-default-gateway-errors") {
+                continue;
+            }
             let (verdict, dst) = decide(&compiler, &snapshot, probe);
             let status = expected["status"][0].as_str().unwrap();
             let reached: BTreeSet<String> =
