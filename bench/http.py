@@ -8,6 +8,7 @@ import json, os, resource, shutil, subprocess, sys, tempfile, time, socket
 
 REDIRECTED = {"proxy-host": 9001, "envoy": 9002}           # ports whose connections are redirected
 TRANSPARENT = {"proxy-host": 15001, "envoy": 15002}
+CORES = sorted(os.sched_getaffinity(0))
 HTTP = {"proxy-host": 15080, "envoy": 15081}
 
 
@@ -67,6 +68,11 @@ def envoy_config(http1, http2, raw):
                                  "clusters": [cluster("bench", http1), cluster("bench2", http2, True), cluster("bytes", raw)]}}
 
 
+def pinned(core, command, **more):
+    """On one core: the proxy on the first, clients and origin on the last, so that they do not preempt each other."""
+    return subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, {CORES[core]}), **more)
+
+
 def until(port):
     for _ in range(1000):
         try:
@@ -100,14 +106,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/config")
         try:
-            origin = processes["origin"] = subprocess.Popen([load, "origin"], stdout=subprocess.PIPE, text=True)
+            origin = processes["origin"] = pinned(-1, [load, "origin"], stdout=subprocess.PIPE, text=True)
             ports = [int(address.rpartition(":")[2]) for address in origin.stdout.readline().split()]
             open(f"{folder}/config/entries.yaml", "w").write(entries(*ports))
-            processes["proxy-host"] = subprocess.Popen([proxy_host, "--config", f"{folder}/config", "--http-proxy", f"127.0.0.1:{HTTP['proxy-host']}",
+            processes["proxy-host"] = pinned(0, [proxy_host, "--config", f"{folder}/config", "--http-proxy", f"127.0.0.1:{HTTP['proxy-host']}",
                 "--transparent", f"127.0.0.1:{TRANSPARENT['proxy-host']}", "--threads", "1", "--access-log=false", "--log-level", "warn"])
             if envoy:
                 json.dump(envoy_config(*ports), open(f"{folder}/envoy.json", "w"))
-                processes["envoy"] = subprocess.Popen([envoy, "-c", f"{folder}/envoy.json", "--concurrency", "1", "-l", "error", "--disable-hot-restart"])
+                processes["envoy"] = pinned(0, [envoy, "-c", f"{folder}/envoy.json", "--concurrency", "1", "-l", "error", "--disable-hot-restart"])
             else:
                 print("SKIPPED: Envoy's side; it is not installed")
             for name in HTTP:
@@ -127,7 +133,10 @@ def main():
                     if name not in processes:
                         continue
                     proxy = f"127.0.0.1:{REDIRECTED[name] if command[0] == 'tcp' else HTTP[name]}"
-                    said = subprocess.run([load, *command, "--proxy", proxy, "--pid", str(processes[name].pid)], stdout=subprocess.PIPE, check=True, text=True).stdout
+                    client = pinned(-1, [load, *command, "--proxy", proxy, "--pid", str(processes[name].pid)], stdout=subprocess.PIPE, text=True)
+                    said, status = client.communicate()[0], client.returncode
+                    if status:
+                        raise SystemExit(f"{what} through {name} failed")
                     found[name] = json.loads(said)
                     print(f"{what:20} {name:11}", ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found[name].items()), flush=True)
                 if len(found) == 2:

@@ -21,7 +21,7 @@ use std::{
 use bytes::Bytes;
 use socket2::Socket;
 use tokio::{
-    runtime::{Builder, Runtime},
+    runtime::{Builder, LocalOptions, Runtime},
     sync::{mpsc, watch},
     task::LocalSet,
 };
@@ -489,15 +489,16 @@ fn work(start: Start, messages: mpsc::UnboundedReceiver<control::ToWorker>, sock
         // Where nobody listens any more, the process is about to end.
         let _ = report.send(what);
     };
-    let runtime = match runtime() {
+    // Its tasks are the runtime's own, where a `LocalSet` would be a second scheduler within it.
+    let runtime = match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
         Ok(runtime) => runtime,
         Err(error) => return say(Report::Failed(error.into())),
     };
     start.stats.worker(start.index).install();
-    // Tasks that have not ended by then are dropped with the set, and write their lines of the access log.
+    // Tasks that have not ended by then are dropped with the runtime, and write their lines of the access log.
     let ended = {
-        let tasks = LocalSet::new();
-        tasks.block_on(&runtime, serve(start, messages, sockets))
+        let runtime = runtime;
+        runtime.block_on(serve(start, messages, sockets))
     };
     say(ended.map_or_else(Report::Failed, |()| Report::Ended));
 }

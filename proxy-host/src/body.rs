@@ -53,7 +53,7 @@ impl Body for RequestBody {
 pub struct ResponseBody {
     source: Source,
     received: Rc<Cell<u64>>,
-    entry: Entry,
+    entry: Box<Entry>,
 }
 
 enum Source {
@@ -64,19 +64,19 @@ enum Source {
 impl ResponseBody {
     /// A body of our own.
     #[must_use]
-    pub fn local(body: Bytes, received: Rc<Cell<u64>>, entry: Entry) -> Self {
+    pub fn local(body: Bytes, received: Rc<Cell<u64>>, entry: Box<Entry>) -> Self {
         Self { source: Source::Local((!body.is_empty()).then_some(body)), received, entry }
     }
 
     /// No body, and no line in the access log: another task writes it.
     #[must_use]
     pub fn silent(received: Rc<Cell<u64>>) -> Self {
-        Self { source: Source::Local(None), received, entry: Entry::silent() }
+        Self { source: Source::Local(None), received, entry: Box::new(Entry::silent()) }
     }
 
     /// The upstream's body; its connection goes back to the pool when the body is through.
     #[must_use]
-    pub fn upstream(body: Incoming, lease: Lease, received: Rc<Cell<u64>>, entry: Entry) -> Self {
+    pub fn upstream(body: Incoming, lease: Lease, received: Rc<Cell<u64>>, entry: Box<Entry>) -> Self {
         let mut source = Source::Upstream(body, Some(lease));
         source.finish_at_end();
         Self { source, received, entry }

@@ -48,6 +48,11 @@ pub fn is_method(method: &Method) -> bool {
     METHODS.contains(&method.as_str()) || matches!(method.as_str(), "UNLOCK" | "UNSUBSCRIBE")
 }
 
+/// `x-forwarded-proto`
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// `x-request-id`
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 /// Whether a request is a gRPC call.
 #[must_use]
 pub fn is_grpc(headers: &HeaderMap) -> bool {
@@ -55,29 +60,45 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     kind.and_then(|kind| kind.strip_prefix(b"application/grpc")).is_some_and(|rest| matches!(rest, [] | [b'+', ..]))
 }
 
+/// Whether a header is for one hop (RFC 9110, 7.6.1), or decides about such headers.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection" | "upgrade" | "te" | "transfer-encoding" | "keep-alive" | "proxy-connection" | "http2-settings"
+    )
+}
+
 /// Makes a request's headers those that a filter sees: without those that are for one hop, with what Envoy adds.
 pub fn prepare(headers: &mut HeaderMap) {
-    let upgrade = headers.get(UPGRADE).cloned();
-    let trailers = headers.get_all(TE).iter().any(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    remove_hop_by_hop(headers);
-    headers.remove(TE);
-    if trailers {
-        headers.insert(TE, HeaderValue::from_static("trailers"));
+    if headers.keys().any(is_hop_by_hop) {
+        let upgrade =
+            headers.get(UPGRADE).filter(|protocol| !protocol.as_bytes().eq_ignore_ascii_case(b"h2c")).cloned();
+        let trailers = headers.get_all(TE).iter().any(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+        remove_hop_by_hop(headers);
+        headers.remove(TE);
+        // Envoy does not offer HTTP/2 by an upgrade; it answers such a request in HTTP/1.1.
+        headers.remove("http2-settings");
+        if trailers {
+            headers.insert(TE, HeaderValue::from_static("trailers"));
+        }
+        if let Some(upgrade) = upgrade {
+            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(UPGRADE, upgrade);
+        }
     }
-    if let Some(upgrade) = upgrade {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, upgrade);
-    }
-    headers.insert("x-forwarded-proto", HeaderValue::from_static("http"));
-    if !headers.contains_key("x-request-id")
-        && let Ok(id) = HeaderValue::from_str(&uuid())
+    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+    if !headers.contains_key(X_REQUEST_ID)
+        && let Ok(id) = HeaderValue::from_bytes(&uuid())
     {
-        headers.insert("x-request-id", id);
+        headers.insert(X_REQUEST_ID, id);
     }
 }
 
 /// Removes the headers that are for one hop (RFC 9110, 7.6.1), and those that `Connection` names.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    if !headers.keys().any(is_hop_by_hop) {
+        return;
+    }
     let mut named = Vec::new();
     for value in headers.get_all(CONNECTION) {
         for name in value.as_bytes().split(|b| *b == b',') {
@@ -100,9 +121,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 
 /// Removes what is between the filter and this proxy, so that none of it leaves.
 pub fn remove_own(headers: &mut HeaderMap) {
-    let own: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("x-portolan-")).cloned().collect();
-    for name in own {
-        headers.remove(name);
+    while let Some(own) = headers.keys().find(|name| name.as_str().starts_with("x-portolan-")).cloned() {
+        headers.remove(own);
     }
 }
 
@@ -148,10 +168,21 @@ pub fn grpc_message(body: &[u8]) -> Option<HeaderValue> {
 }
 
 /// A random UUID (RFC 9562, version 4); it names a request and guards nothing.
-fn uuid() -> String {
+fn uuid() -> [u8; 36] {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let hex = format!("{bits:032x}");
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+    let mut text = [0; 36];
+    let mut at = 0;
+    for (index, byte) in bits.to_be_bytes().into_iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text[at] = b'-';
+            at += 1;
+        }
+        for digit in [byte >> 4, byte & 0xf] {
+            text[at] = b"0123456789abcdef"[usize::from(digit)];
+            at += 1;
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -205,10 +236,10 @@ mod tests {
 
     #[test]
     fn a_request_id_is_a_random_uuid() {
-        let id = uuid();
+        let id = String::from_utf8(uuid().to_vec()).unwrap();
         assert_eq!((id.len(), &id[14..15]), (36, "4"));
         assert!(matches!(&id[19..20], "8" | "9" | "a" | "b"), "{id}");
-        assert_ne!(id, uuid());
+        assert_ne!(id.as_bytes(), uuid());
     }
 
     #[test]

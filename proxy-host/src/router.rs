@@ -3,7 +3,7 @@
 
 use std::{rc::Rc, time::Duration};
 
-use ::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::HOST};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header::HOST};
 use hyper::body::Incoming;
 
 use crate::{
@@ -26,6 +26,8 @@ const RETRIES: u32 = 2;
 const SELECTIONS: u32 = 5;
 /// Envoy's base interval between retries.
 const BACKOFF: Duration = Duration::from_millis(25);
+
+const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
 /// A request whose way is decided.
 pub struct Outgoing {
@@ -159,9 +161,9 @@ pub async fn send(
     if let Some(authority) = head.authority.filter(|_| !http2 || request.uri().authority().is_none()) {
         request.headers_mut().insert(HOST, authority);
     }
-    let sending = attempts(worker, cluster, wanted, request, http2, own.retries, entry);
+    let mut sending = std::pin::pin!(attempts(worker, cluster, wanted, request, http2, own.retries, entry));
     match own.timeout {
-        Some(timeout) => tokio::time::timeout(timeout, sending).await.unwrap_or(Err(Failure::Timeout)),
+        Some(timeout) => tokio::time::timeout(timeout, sending.as_mut()).await.unwrap_or(Err(Failure::Timeout)),
         None => sending.await,
     }
 }
@@ -179,7 +181,7 @@ async fn attempts(
     let mut retry = 0;
     loop {
         let endpoint = choose(worker, cluster, wanted, &tried).await.map_err(Failure::Choose)?;
-        request.headers_mut().insert("x-envoy-attempt-count", HeaderValue::from(retry + 1));
+        request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
         match http::send(cluster, &endpoint, request, http2).await {
             Ok((response, lease)) => {
                 entry.upstream = Some(lease.address.to_string());
@@ -229,6 +231,9 @@ struct OwnPolicy {
 
 impl OwnPolicy {
     fn take(headers: &mut HeaderMap) -> Self {
+        if !headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
+            return Self { timeout: None, retries: RETRIES };
+        }
         let mut number = |name: &str| {
             let value = headers.remove(name)?;
             value.to_str().ok()?.parse::<u32>().ok()

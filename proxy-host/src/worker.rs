@@ -149,6 +149,13 @@ impl Worker {
     /// # Errors
     /// There is none, or nobody says so in time.
     pub async fn cluster(&self, name: &str) -> Result<Rc<Cluster>, NoCluster> {
+        if let Some(Slot::Ready(cluster)) = self.clusters.borrow().get(name) {
+            return Ok(cluster.clone());
+        }
+        Box::pin(self.ask_for(name)).await
+    }
+
+    async fn ask_for(&self, name: &str) -> Result<Rc<Cluster>, NoCluster> {
         let (sender, answer) = oneshot::channel();
         let ask = match self.clusters.borrow_mut().get_mut(name) {
             Some(Slot::Ready(cluster)) => return Ok(cluster.clone()),

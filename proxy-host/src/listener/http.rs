@@ -28,14 +28,17 @@ use crate::{
 };
 
 /// The header by which the one route chooses its cluster.
-const CLUSTER: &str = "x-portolan-cluster";
+const CLUSTER: HeaderName = HeaderName::from_static("x-portolan-cluster");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
 /// Serves the requests of one connection.
 pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool) {
     let mut stop = worker.stop.clone();
     let service = service_fn(move |request| {
         let (worker, connection) = (worker.clone(), connection.clone());
-        async move { handle(&worker, &connection, request).await }
+        // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
+        Box::pin(async move { handle(&worker, &connection, request).await })
     });
     let io = TokioIo::new(client);
     // How a connection ends is told by its requests.
@@ -72,9 +75,12 @@ async fn handle(
     connection: &Rc<Connection>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Reset> {
-    let mut exchange =
-        Exchange { entry: Entry::new(&worker.log), received: Rc::default(), grpc: headers::is_grpc(request.headers()) };
-    let (head, request) = match exchange.read(request) {
+    let mut exchange = Exchange {
+        entry: Box::new(Entry::new(&worker.log)),
+        received: Rc::default(),
+        grpc: headers::is_grpc(request.headers()),
+    };
+    let (head, request) = match exchange.read(request, worker.log.is_on()) {
         Ok(read) => read,
         Err(status) => return Ok(exchange.refuse(status, Bytes::new(), "")),
     };
@@ -93,14 +99,15 @@ async fn handle(
         }
     };
     exchange.entry.decision = stream.decision();
-    let name = head.headers.get(CLUSTER).and_then(|name| name.to_str().ok()).map(str::to_owned);
+    let name = head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
     let Some(name) = name.filter(|_| !(method == Method::CONNECT && connection.captured)) else {
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
     };
     headers::remove_own(&mut head.headers);
-    exchange.entry.cluster = Some(name.clone());
-    let cluster = match worker.cluster(&name).await {
+    let found = worker.cluster(&name).await;
+    exchange.entry.cluster = Some(name);
+    let cluster = match found {
         Ok(cluster) => cluster,
         Err(error) => {
             exchange.entry.reason = Some(error.to_string());
@@ -111,7 +118,7 @@ async fn handle(
     let destination = connection.captured.then_some(connection.destination);
     let wanted = Wanted { destination, host, port };
     let answered = if method == Method::CONNECT {
-        exchange.tunnel(worker, &cluster, &wanted, request, stream).await
+        Box::pin(exchange.tunnel(worker, &cluster, &wanted, request, stream)).await
     } else {
         exchange.forward(worker, &cluster, &wanted, head, request, stream).await
     };
@@ -123,14 +130,18 @@ async fn handle(
 
 /// One request on its way.
 struct Exchange {
-    entry: Entry,
+    entry: Box<Entry>,
     received: Rc<Cell<u64>>,
     grpc: bool,
 }
 
 impl Exchange {
     /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
-    fn read(&mut self, request: Request<Incoming>) -> Result<(RequestHead, Request<Incoming>), StatusCode> {
+    fn read(
+        &mut self,
+        request: Request<Incoming>,
+        logged: bool,
+    ) -> Result<(RequestHead, Request<Incoming>), StatusCode> {
         let (mut parts, body) = request.into_parts();
         let host = parts.headers.remove(HOST);
         let authority = match parts.uri.authority() {
@@ -149,11 +160,13 @@ impl Exchange {
             Version::HTTP_10 => "HTTP/1.0",
             _ => "HTTP/1.1",
         };
-        self.entry.request = Some((parts.method.to_string(), shown(path.as_ref()).unwrap_or_default(), protocol));
-        self.entry.authority = shown(authority.as_ref());
         headers::prepare(&mut parts.headers);
-        let header = |name: &str| shown(parts.headers.get(name));
-        self.entry.headers = [header("x-forwarded-for"), header(USER_AGENT.as_str()), header("x-request-id")];
+        if logged {
+            self.entry.request = Some((parts.method.to_string(), shown(path.as_ref()).unwrap_or_default(), protocol));
+            self.entry.authority = shown(authority.as_ref());
+            let header = |name: HeaderName| shown(parts.headers.get(name));
+            self.entry.headers = [header(X_FORWARDED_FOR), header(USER_AGENT), header(headers::X_REQUEST_ID)];
+        }
         if parts.version == Version::HTTP_10 || parts.version == Version::HTTP_09 {
             self.entry.reason = Some("low_version".into());
             return Err(StatusCode::UPGRADE_REQUIRED);
@@ -208,10 +221,7 @@ impl Exchange {
             headers::remove_hop_by_hop(response.headers_mut());
         }
         let (mut parts, body) = response.into_parts();
-        parts.headers.insert(
-            HeaderName::from_static("x-envoy-upstream-service-time"),
-            HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-        );
+        parts.headers.insert(SERVICE_TIME, HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
         let head = ResponseHead { status: parts.status, headers: std::mem::take(&mut parts.headers) };
         let head = match stream.response(head, body.is_end_stream()).await {
             Ok(head) => head,

@@ -140,16 +140,8 @@ async fn checkout(
         {
             return Ok((Sender::Http2(sender), address, true));
         }
-        let (stream, address) = cluster.connect(endpoint).await?;
-        let mut builder = http2::Builder::new(LocalExec);
-        builder.timer(TokioTimer::new());
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
-        exec::spawn(async move {
-            // Its requests report how it ended.
-            let _ = connection.await;
-        });
-        *endpoint.pool.http2.borrow_mut() = Some((sender.clone(), address.clone()));
-        return Ok((Sender::Http2(sender), address, false));
+        // Opening one is rare: its state must not weigh on each request.
+        return Box::pin(open_http2(cluster, endpoint)).await;
     }
     loop {
         let kept = endpoint.pool.idle.borrow_mut().pop();
@@ -162,6 +154,23 @@ async fn checkout(
             None => break,
         }
     }
+    Box::pin(open_http1(cluster, endpoint)).await
+}
+
+async fn open_http2(cluster: &Cluster, endpoint: &Rc<Endpoint>) -> Result<(Sender, Address, bool), ConnectError> {
+    let (stream, address) = cluster.connect(endpoint).await?;
+    let mut builder = http2::Builder::new(LocalExec);
+    builder.timer(TokioTimer::new());
+    let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
+    exec::spawn(async move {
+        // Its requests report how it ended.
+        let _ = connection.await;
+    });
+    *endpoint.pool.http2.borrow_mut() = Some((sender.clone(), address.clone()));
+    Ok((Sender::Http2(sender), address, false))
+}
+
+async fn open_http1(cluster: &Cluster, endpoint: &Rc<Endpoint>) -> Result<(Sender, Address, bool), ConnectError> {
     let (stream, address) = cluster.connect(endpoint).await?;
     let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(broken)?;
     exec::spawn(async move {

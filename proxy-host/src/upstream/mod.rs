@@ -197,7 +197,7 @@ impl Cluster {
                 let port = port.or(wanted.port).or(wanted.destination.map(|d| d.port())).unwrap_or(80);
                 let ips = match host.trim_matches(['[', ']']).parse() {
                     Ok(ip) => vec![ip],
-                    Err(_) => resolver.lookup(host, Family::V4Preferred).await?.addresses,
+                    Err(_) => Box::pin(resolver.lookup(host, Family::V4Preferred)).await?.addresses,
                 };
                 if ips.is_empty() {
                     return Err(ChooseError::NoEndpoint);
