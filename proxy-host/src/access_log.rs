@@ -187,6 +187,12 @@ impl WorkerLog {
         }))
     }
 
+    /// Whether lines go anywhere.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.0.log.is_on()
+    }
+
     /// The worker's counts.
     #[must_use]
     pub fn stats(&self) -> &Arc<WorkerStats> {

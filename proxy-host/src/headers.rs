@@ -1,51 +1,25 @@
 //! Headers as Envoy's connection manager and router change them.
 
 use ::http::{
-    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
     header::{CONNECTION, CONTENT_TYPE, TE, TRANSFER_ENCODING, UPGRADE},
 };
 
-/// The methods that Envoy's parser knows; it answers any other with 400.
-const METHODS: [&str; 33] = [
-    "ACL",
-    "BIND",
-    "CHECKOUT",
-    "CONNECT",
-    "COPY",
-    "DELETE",
-    "GET",
-    "HEAD",
-    "LINK",
-    "LOCK",
-    "MERGE",
-    "MKACTIVITY",
-    "MKCALENDAR",
-    "MKCOL",
-    "MOVE",
-    "MSEARCH",
-    "M-SEARCH",
-    "NOTIFY",
-    "OPTIONS",
-    "PATCH",
-    "POST",
-    "PROPFIND",
-    "PROPPATCH",
-    "PURGE",
-    "PUT",
-    "REBIND",
-    "REPORT",
-    "SEARCH",
-    "SOURCE",
-    "SUBSCRIBE",
-    "TRACE",
-    "UNBIND",
-    "UNLINK",
-];
-
-/// Whether Envoy takes a request of this method.
+/// Whether Envoy takes a request of this method: those that its parser knows; it answers any other with 400.
 #[must_use]
-pub fn is_method(method: &Method) -> bool {
-    METHODS.contains(&method.as_str()) || matches!(method.as_str(), "UNLOCK" | "UNSUBSCRIBE")
+pub fn is_method(method: &[u8]) -> bool {
+    match method.len() {
+        3 => matches!(method, b"GET" | b"PUT" | b"ACL"),
+        4 => matches!(method, b"HEAD" | b"POST" | b"BIND" | b"COPY" | b"LINK" | b"LOCK" | b"MOVE"),
+        5 => matches!(method, b"PATCH" | b"TRACE" | b"MERGE" | b"MKCOL" | b"PURGE"),
+        6 => matches!(
+            method,
+            b"DELETE" | b"NOTIFY" | b"REBIND" | b"REPORT" | b"SEARCH" | b"SOURCE" | b"UNBIND" | b"UNLINK" | b"UNLOCK"
+        ),
+        7 => matches!(method, b"OPTIONS" | b"CONNECT" | b"MSEARCH"),
+        8 => matches!(method, b"CHECKOUT" | b"PROPFIND" | b"M-SEARCH"),
+        _ => matches!(method, b"PROPPATCH" | b"SUBSCRIBE" | b"MKACTIVITY" | b"MKCALENDAR" | b"UNSUBSCRIBE"),
+    }
 }
 
 /// `x-forwarded-proto`
@@ -68,6 +42,16 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
+/// What a request wants its connection to become. HTTP/2 is not offered by an upgrade, as in Envoy: such a request is
+/// answered in HTTP/1.1.
+#[must_use]
+pub fn upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let protocol = headers.get(UPGRADE).filter(|protocol| !protocol.as_bytes().eq_ignore_ascii_case(b"h2c"))?;
+    let is_upgrade = |token: &[u8]| token.trim_ascii().eq_ignore_ascii_case(b"upgrade");
+    let named = headers.get_all(CONNECTION).iter().any(|v| v.as_bytes().split(|b| *b == b',').any(is_upgrade));
+    named.then_some(protocol)
+}
+
 /// Makes a request's headers those that a filter sees: without those that are for one hop, with what Envoy adds.
 pub fn prepare(headers: &mut HeaderMap) {
     if headers.keys().any(is_hop_by_hop) {
@@ -76,7 +60,6 @@ pub fn prepare(headers: &mut HeaderMap) {
         let trailers = headers.get_all(TE).iter().any(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
         remove_hop_by_hop(headers);
         headers.remove(TE);
-        // Envoy does not offer HTTP/2 by an upgrade; it answers such a request in HTTP/1.1.
         headers.remove("http2-settings");
         if trailers {
             headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -86,7 +69,10 @@ pub fn prepare(headers: &mut HeaderMap) {
             headers.insert(UPGRADE, upgrade);
         }
     }
-    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+    // An application that knows better is believed, as by a sidecar's Envoy.
+    if !headers.contains_key(X_FORWARDED_PROTO) {
+        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+    }
     if !headers.contains_key(X_REQUEST_ID)
         && let Ok(id) = HeaderValue::from_bytes(&uuid())
     {

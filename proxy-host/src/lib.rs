@@ -29,6 +29,7 @@ pub mod inherited;
 pub mod limits;
 pub mod listener;
 pub mod logging;
+pub mod path;
 pub mod router;
 pub mod run;
 pub mod stats;

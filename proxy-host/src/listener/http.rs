@@ -1,10 +1,10 @@
 //! Requests: the filter names a cluster in a header, the one route goes by it, and bodies stream through.
 
-use std::{cell::Cell, rc::Rc};
+use std::{borrow::Cow, cell::Cell, rc::Rc, sync::Arc};
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
-    header::{CONTENT_TYPE, HOST, SERVER, USER_AGENT},
+    header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, UPGRADE, USER_AGENT},
 };
 use bytes::Bytes;
 use hyper::{
@@ -14,13 +14,18 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 
-use super::rewind::Rewind;
+use super::{
+    guard::{Control, Guard, REFUSED},
+    rewind::Rewind,
+    strict::Refusal,
+};
 use crate::{
     access_log::Entry,
     body::{RequestBody, ResponseBody},
     exec::{self, LocalExec},
     filter::{Connection, HttpVerdict, Stream},
     headers::{self, authority_parts},
+    path,
     router::{self, Failure},
     upstream::Wanted,
     vm::{LocalResponse, RequestHead, ResponseHead},
@@ -32,18 +37,26 @@ const CLUSTER: HeaderName = HeaderName::from_static("x-portolan-cluster");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
+/// Bytes of the headers of an HTTP/2 request (Envoy's `max_request_headers_kb`).
+const HEADER_LIST: u32 = 60 * 1024;
+/// Headers of a request (Envoy's `max_headers_count`).
+const HEADERS: usize = 100;
+/// Streams of an HTTP/2 connection at a time (Envoy's default).
+const STREAMS: u32 = 1024;
+
 /// Serves the requests of one connection.
 pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool) {
     let mut stop = worker.stop.clone();
+    let control = Arc::new(Control::default());
+    let guarded = control.clone();
     let service = service_fn(move |request| {
-        let (worker, connection) = (worker.clone(), connection.clone());
+        let (worker, connection, control) = (worker.clone(), connection.clone(), guarded.clone());
         // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
-        Box::pin(async move { handle(&worker, &connection, request).await })
+        Box::pin(async move { handle(&worker, &connection, &control, request).await })
     });
-    let io = TokioIo::new(client);
     // How a connection ends is told by its requests.
     if http2 {
-        let serving = hyper::server::conn::http2::Builder::new(LocalExec).serve_connection(io, service);
+        let serving = http2_server().serve_connection(TokioIo::new(client), service);
         let mut serving = std::pin::pin!(serving);
         tokio::select! {
             _ = serving.as_mut() => {}
@@ -53,6 +66,7 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
             }
         }
     } else {
+        let io = TokioIo::new(Guard::new(client, control));
         let serving = hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades();
         let mut serving = std::pin::pin!(serving);
         tokio::select! {
@@ -65,6 +79,12 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
     }
 }
 
+fn http2_server() -> hyper::server::conn::http2::Builder<LocalExec> {
+    let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
+    builder.max_header_list_size(HEADER_LIST).max_concurrent_streams(STREAMS);
+    builder
+}
+
 /// A reset of the stream, said to hyper.
 #[derive(Debug, thiserror::Error)]
 #[error("the filter reset the request")]
@@ -73,6 +93,30 @@ struct Reset;
 async fn handle(
     worker: &Rc<Worker>,
     connection: &Rc<Connection>,
+    control: &Control,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Reset> {
+    let connect = request.method() == Method::CONNECT;
+    let upgrades = request.version() != Version::HTTP_2 && (connect || headers::upgrade(request.headers()).is_some());
+    let mut answered = answer(worker, connection, control, request).await;
+    if upgrades {
+        let status = answered.as_ref().map_or(StatusCode::BAD_GATEWAY, Response::status);
+        let upgraded = status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success();
+        control.answered(upgraded);
+        // A client that took its upgrade for granted must not have its next bytes taken for a request.
+        if let Ok(response) = &mut answered
+            && !upgraded
+        {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+    answered
+}
+
+async fn answer(
+    worker: &Rc<Worker>,
+    connection: &Rc<Connection>,
+    control: &Control,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Reset> {
     let mut exchange = Exchange {
@@ -82,7 +126,7 @@ async fn handle(
     };
     let (head, request) = match exchange.read(request, worker.log.is_on()) {
         Ok(read) => read,
-        Err(status) => return Ok(exchange.refuse(status, Bytes::new(), "")),
+        Err((status, flags)) => return Ok(exchange.refuse_text(status, flags)),
     };
     let method = head.method.clone();
     let (mut head, stream) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
@@ -124,9 +168,19 @@ async fn handle(
     };
     match answered {
         Ok(response) => Ok(response),
-        Err((exchange, failure)) => Ok(exchange.failed(&failure)),
+        Err((mut exchange, failure)) => match control.broken() {
+            // It failed because the client's body did.
+            Some(Refusal { status, details }) => {
+                exchange.entry.reason = Some(details.into());
+                Ok(exchange.refuse_text(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), "DPE"))
+            }
+            None => Ok(exchange.failed(&failure)),
+        },
     }
 }
+
+/// Status and flags of an answer to a request that goes nowhere.
+type Refused = (StatusCode, &'static str);
 
 /// One request on its way.
 struct Exchange {
@@ -137,52 +191,67 @@ struct Exchange {
 
 impl Exchange {
     /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
-    fn read(
-        &mut self,
-        request: Request<Incoming>,
-        logged: bool,
-    ) -> Result<(RequestHead, Request<Incoming>), StatusCode> {
+    fn read(&mut self, request: Request<Incoming>, logged: bool) -> Result<(RequestHead, Request<Incoming>), Refused> {
         let (mut parts, body) = request.into_parts();
+        let http2 = parts.version == Version::HTTP_2;
+        if !http2 && parts.method.as_str() == REFUSED {
+            self.entry.request = Some(("-".into(), "-".into(), "HTTP/1.1"));
+            let (status, details) = parts.uri.path().get(1..).and_then(|said| said.split_once('/')).unwrap_or_default();
+            self.entry.reason = Some(details.to_owned());
+            return Err((StatusCode::from_bytes(status.as_bytes()).unwrap_or(StatusCode::BAD_REQUEST), "DPE"));
+        }
         let host = parts.headers.remove(HOST);
         let authority = match parts.uri.authority() {
             // The target's authority wins over Host (RFC 9112, 3.2.2).
             Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
             None => host,
         };
-        let path = match (parts.uri.path_and_query(), &parts.method) {
-            (_, &Method::CONNECT) => None,
-            (Some(path), _) if !path.as_str().is_empty() => HeaderValue::from_str(path.as_str()).ok(),
-            _ => Some(HeaderValue::from_static("/")),
-        };
+        let connect = parts.method == Method::CONNECT;
+        let path = parts.uri.path_and_query().filter(|_| !connect).map_or("/", |path| path.as_str());
+        let path = if path.is_empty() { "/" } else { path };
+        let normal = path::normalize(path.as_bytes());
         let shown = |value: Option<&HeaderValue>| value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
-        let protocol = match parts.version {
-            Version::HTTP_2 => "HTTP/2",
-            Version::HTTP_10 => "HTTP/1.0",
-            _ => "HTTP/1.1",
+        let refused = if !headers::is_method(parts.method.as_str().as_bytes()) {
+            Some((StatusCode::BAD_REQUEST, "DPE", "http1.codec_error"))
+        } else if parts.headers.len() > HEADERS {
+            Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "DPE", "http2.too_many_headers"))
+        } else if authority.is_none() {
+            Some((StatusCode::BAD_REQUEST, "", "missing_host_header"))
+        } else if !path.starts_with('/') {
+            Some((StatusCode::NOT_FOUND, "", "absolute_path_rejected"))
+        } else if normal.is_err() {
+            Some((StatusCode::BAD_REQUEST, "", "path_normalization_failed"))
+        } else if headers::upgrade(&parts.headers).is_some_and(|u| !u.as_bytes().eq_ignore_ascii_case(b"websocket")) {
+            // Of the upgrades Istio enables this one alone.
+            Some((StatusCode::FORBIDDEN, "", "upgrade_failed"))
+        } else {
+            None
         };
         headers::prepare(&mut parts.headers);
+        let protocol = if http2 { "HTTP/2" } else { "HTTP/1.1" };
         if logged {
-            self.entry.request = Some((parts.method.to_string(), shown(path.as_ref()).unwrap_or_default(), protocol));
+            let path = if connect { "" } else { path };
+            self.entry.request = Some((parts.method.to_string(), path.to_owned(), protocol));
             self.entry.authority = shown(authority.as_ref());
             let header = |name: HeaderName| shown(parts.headers.get(name));
             self.entry.headers = [header(X_FORWARDED_FOR), header(USER_AGENT), header(headers::X_REQUEST_ID)];
+        } else {
+            // Enough to be counted as a request.
+            self.entry.request = Some((String::new(), String::new(), protocol));
         }
-        if parts.version == Version::HTTP_10 || parts.version == Version::HTTP_09 {
-            self.entry.reason = Some("low_version".into());
-            return Err(StatusCode::UPGRADE_REQUIRED);
+        if let Some((status, flags, details)) = refused {
+            self.entry.reason = Some(details.into());
+            return Err((status, flags));
         }
-        if !headers::is_method(&parts.method) {
-            self.entry.reason = Some("http1.codec_error".into());
-            return Err(StatusCode::BAD_REQUEST);
-        }
-        let Some(authority) = authority else {
-            self.entry.reason = Some("missing_host_header".into());
-            return Err(StatusCode::BAD_REQUEST);
+        let path = match normal {
+            _ if connect => None,
+            Ok(Cow::Owned(path)) => HeaderValue::from_maybe_shared(Bytes::from(path)).ok(),
+            _ => HeaderValue::from_str(path).ok(),
         };
         let head = RequestHead {
             method: parts.method.clone(),
             scheme: Some(HeaderValue::from_static("http")),
-            authority: Some(authority),
+            authority,
             path,
             headers: std::mem::take(&mut parts.headers),
         };
@@ -199,7 +268,7 @@ impl Exchange {
         stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
         let same = incoming.version() == Version::HTTP_2;
-        let upgrade = head.headers.contains_key(::http::header::UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
+        let upgrade = head.headers.contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
         let request = router::Outgoing { head, body: RequestBody::new(incoming.into_body(), self.received.clone()) };
         let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
         let (mut response, lease) = match sent {
@@ -285,6 +354,15 @@ impl Exchange {
     fn refuse(mut self, status: StatusCode, body: Bytes, flags: &'static str) -> Response<ResponseBody> {
         self.entry.flags = flags;
         self.reply(status, body, None)
+    }
+
+    /// The same with the status's name as its body, as Envoy's codec answers; its connection ends.
+    fn refuse_text(self, status: StatusCode, flags: &'static str) -> Response<ResponseBody> {
+        let text = if flags == "DPE" { status.canonical_reason().unwrap_or_default() } else { "" };
+        let mut response = self.refuse(status, Bytes::from_static(text.as_bytes()), flags);
+        // hyper leaves it out of HTTP/2.
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
     }
 
     fn failed(mut self, failure: &Failure) -> Response<ResponseBody> {

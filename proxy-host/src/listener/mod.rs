@@ -1,9 +1,11 @@
 //! The ways in: connections that were redirected to us, and requests to the HTTP proxy.
 
+pub mod guard;
 pub mod http;
 pub mod plan;
 pub mod rewind;
 pub mod sniff;
+pub mod strict;
 pub mod tcp;
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};

@@ -1,0 +1,259 @@
+//! A client's HTTP/1.1 connection whose bytes are judged ([`super::strict`]) before hyper reads them.
+//!
+//! A refused request never reaches hyper. In its place comes one with a method that no client can send, whose target says
+//! what to answer; so the answer keeps its turn behind earlier ones, and is logged and counted as any other.
+
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU8, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Sleep,
+};
+
+use super::{
+    rewind::Rewind,
+    strict::{Refusal, Strict, Verdict},
+};
+
+/// Method of the request that stands for a refused one; [`super::strict`] lets no other method through than it knows.
+pub const REFUSED: &str = "PORTOLAN-REFUSED";
+/// How long a refused client's bytes are read and dropped, so that it gets the answer and no reset (Envoy's
+/// `delayed_close_timeout`).
+const LINGER: Duration = Duration::from_secs(1);
+/// Bytes read at once.
+const READ: usize = 16 * 1024;
+
+thread_local! {
+    /// One buffer for all connections of a thread: what is read is passed on at once.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
+}
+
+/// What the two ends of a connection, its bytes and its requests, tell each other. They are on one thread, but hyper
+/// wants what may be upgraded to be `Send`.
+#[derive(Debug, Default)]
+pub struct Control {
+    answered: AtomicU8,
+    broken: OnceLock<Refusal>,
+}
+
+const UPGRADED: u8 = 1;
+const NOT_UPGRADED: u8 = 2;
+
+impl Control {
+    /// A request for an upgrade was answered.
+    pub fn answered(&self, upgraded: bool) {
+        self.answered.store(if upgraded { UPGRADED } else { NOT_UPGRADED }, Relaxed);
+    }
+
+    /// Why the body under way ended early, where the client is at fault.
+    #[must_use]
+    pub fn broken(&self) -> Option<Refusal> {
+        self.broken.get().copied()
+    }
+}
+
+/// The connection.
+#[derive(Debug)]
+pub struct Guard {
+    inner: Rewind,
+    strict: Strict,
+    control: Arc<Control>,
+    /// May pass.
+    ready: Bytes,
+    /// Cannot be judged before more has come.
+    held: BytesMut,
+    refused: bool,
+    /// Still to be told to hyper, after what came before it.
+    broken: Option<Refusal>,
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+impl Guard {
+    /// Guards a connection.
+    #[must_use]
+    pub fn new(inner: Rewind, control: Arc<Control>) -> Self {
+        Self {
+            inner,
+            strict: Strict::default(),
+            control,
+            ready: Bytes::new(),
+            held: BytesMut::new(),
+            refused: false,
+            broken: None,
+            linger: None,
+        }
+    }
+
+    /// Takes what was read; `buf` gets what may pass.
+    fn take(&mut self, read: &[u8], buf: &mut ReadBuf<'_>) {
+        if self.held.is_empty() {
+            let (passed, end) = self.judge(read);
+            self.pass(&read[..passed], buf);
+            match end {
+                None => self.held.extend_from_slice(&read[passed..]),
+                Some(end) => self.end(end, buf),
+            }
+        } else {
+            self.held.extend_from_slice(read);
+            let held = std::mem::take(&mut self.held);
+            let (passed, end) = self.judge(&held);
+            self.pass(&held[..passed], buf);
+            match end {
+                // Nothing is kept of a connection that waits for its next request.
+                None if passed == held.len() => {}
+                None => {
+                    self.held = held;
+                    self.held.advance(passed);
+                }
+                Some(end) => self.end(end, buf),
+            }
+        }
+    }
+
+    fn judge(&mut self, bytes: &[u8]) -> (usize, Option<Verdict>) {
+        match self.strict.judge(bytes) {
+            Verdict::Pass(count) => (count, None),
+            end @ (Verdict::Refuse(count, _) | Verdict::Broken(count, _)) => (count, Some(end)),
+        }
+    }
+
+    fn pass(&mut self, bytes: &[u8], buf: &mut ReadBuf<'_>) {
+        let now = bytes.len().min(buf.remaining());
+        buf.put_slice(&bytes[..now]);
+        if now < bytes.len() {
+            self.ready = Bytes::copy_from_slice(&bytes[now..]);
+        }
+    }
+
+    fn end(&mut self, verdict: Verdict, buf: &mut ReadBuf<'_>) {
+        self.refused = true;
+        match verdict {
+            Verdict::Pass(_) => {}
+            Verdict::Refuse(_, Refusal { status, details }) => {
+                let request = format!("{REFUSED} /{status}/{details} HTTP/1.1\r\nconnection: close\r\n\r\n");
+                if self.ready.is_empty() {
+                    self.pass(request.as_bytes(), buf);
+                } else {
+                    self.ready = [&self.ready[..], request.as_bytes()].concat().into();
+                }
+            }
+            Verdict::Broken(_, refusal) => {
+                // Nothing is read after the first.
+                let _ = self.control.broken.set(refusal);
+                self.broken = Some(refusal);
+            }
+        }
+    }
+
+    fn poll_into_scratch(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut into = ReadBuf::new(scratch);
+            loop {
+                into.clear();
+                ready!(Pin::new(&mut self.inner).poll_read(cx, &mut into))?;
+                // The end of the connection, or something for hyper.
+                if into.filled().is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+                let before = buf.filled().len();
+                self.take(into.filled(), buf);
+                if buf.filled().len() > before {
+                    return Poll::Ready(Ok(()));
+                }
+                if let Some(refusal) = self.broken.take() {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, refusal.details)));
+                }
+            }
+        })
+    }
+}
+
+impl AsyncRead for Guard {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.strict.is_held() {
+            match this.control.answered.swap(0, Relaxed) {
+                0 => {}
+                answer => this.strict.answered(answer == UPGRADED),
+            }
+        }
+        if !this.ready.is_empty() {
+            let count = this.ready.len().min(buf.remaining());
+            buf.put_slice(&this.ready[..count]);
+            this.ready.advance(count);
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(refusal) = this.broken.take() {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, refusal.details)));
+        }
+        if this.refused {
+            // The last answer is under way; an end would make hyper drop it.
+            return Poll::Pending;
+        }
+        // Only what cannot reach into the next request goes straight where it is wanted.
+        if this.strict.unseen() >= buf.remaining() as u64 && this.held.is_empty() {
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+            this.strict.passed((buf.filled().len() - before) as u64);
+            return Poll::Ready(Ok(()));
+        }
+        this.poll_into_scratch(cx, buf)
+    }
+}
+
+impl AsyncWrite for Guard {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.linger.is_none() {
+            ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+            if !this.refused {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let linger = this.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        let over = linger.as_mut().poll(cx).is_ready();
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut dropped = ReadBuf::new(scratch);
+            while !over {
+                dropped.clear();
+                // However it ends, it is over.
+                match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut dropped)) {
+                    Ok(()) if !dropped.filled().is_empty() => {}
+                    _ => break,
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+}
