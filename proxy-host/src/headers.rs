@@ -1,13 +1,19 @@
 //! Headers as Envoy's connection manager and router change them.
 
 use ::http::{
-    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
     header::{CONNECTION, CONTENT_TYPE, TE, TRANSFER_ENCODING, UPGRADE},
 };
 
 /// Whether Envoy takes a request of this method: those that its parser knows; it answers any other with 400.
 #[must_use]
-pub fn is_method(method: &[u8]) -> bool {
+pub fn is_method(method: &Method) -> bool {
+    is_method_name(method.as_str().as_bytes())
+}
+
+/// The same of a method that has not been read into one.
+#[must_use]
+pub fn is_method_name(method: &[u8]) -> bool {
     match method.len() {
         3 => matches!(method, b"GET" | b"PUT" | b"ACL"),
         4 => matches!(method, b"HEAD" | b"POST" | b"BIND" | b"COPY" | b"LINK" | b"LOCK" | b"MOVE"),

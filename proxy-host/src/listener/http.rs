@@ -211,7 +211,7 @@ impl Exchange {
         let path = if path.is_empty() { "/" } else { path };
         let normal = path::normalize(path.as_bytes());
         let shown = |value: Option<&HeaderValue>| value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
-        let refused = if !headers::is_method(parts.method.as_str().as_bytes()) {
+        let refused = if !headers::is_method(&parts.method) {
             Some((StatusCode::BAD_REQUEST, "DPE", "http1.codec_error"))
         } else if parts.headers.len() > HEADERS {
             Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "DPE", "http2.too_many_headers"))

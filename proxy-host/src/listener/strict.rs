@@ -301,7 +301,7 @@ impl Head {
         let first = memchr(b' ', text).ok_or(CODEC)?;
         let last = memrchr(b' ', text).unwrap_or(first);
         let method = &text[..first];
-        if !headers::is_method(method) {
+        if !headers::is_method_name(method) {
             return Err(CODEC);
         }
         match &text[last + 1..] {
