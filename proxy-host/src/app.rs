@@ -31,7 +31,9 @@ use crate::{
     access_log::{AccessLog, WorkerLog},
     admin, ads,
     config::{Config, Identity, Role, Source},
-    control, exec,
+    control,
+    dns::Resolver,
+    exec,
     filter::{Filter, HTTP_ROOT, TCP_ROOT},
     filter_env::Calls,
     inherited::{Inherited, InheritedError},
@@ -278,7 +280,9 @@ impl App {
 
     /// Stops accepting, and tells clients that no more requests are taken.
     pub fn drain(&self) {
-        self.stop.send_replace(true);
+        if !*self.stop.borrow() {
+            self.stop.send_replace(true);
+        }
     }
 
     /// Waits until all connections have ended, or the time for that is over.
@@ -304,7 +308,7 @@ impl App {
 
     /// Stops accepting, lets connections end for as long as they may, and ends the threads.
     pub fn stop(mut self) {
-        self.stop.send_replace(true);
+        self.drain();
         self.join();
     }
 
@@ -319,8 +323,8 @@ impl App {
 impl Drop for App {
     /// Ends the threads at once.
     fn drop(&mut self) {
-        self.stop.send_replace(true);
         self.end.send_replace(true);
+        self.drain();
         self.join();
     }
 }
@@ -435,7 +439,8 @@ fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppEr
             let (wanted, names) = mpsc::unbounded_channel();
             let (update, updates) = mpsc::unbounded_channel();
             exec::spawn(ads::run(channel, config.identity, names, update));
-            control::run(needs, updates, wanted, workers, questions).await;
+            let resolver = Resolver::new(&config.name_servers);
+            control::run(needs, updates, wanted, workers, questions, resolver).await;
         });
     })?;
     start.recv().map_err(|_| AppError::Thread("control".into()))?

@@ -27,11 +27,14 @@ use crate::{access_log, logging};
       curl -x http://127.0.0.1:15080 http://hello.example.com/
 
   proxy-host --config mesh/ --mesh mesh.yaml --transparent 0.0.0.0:15001 --admin 127.0.0.1:15000
-      Takes connections that iptables redirects (Istio's own rules: -j REDIRECT --to-ports 15001), and
+      Takes connections that iptables redirects (`proxy-host capture apply` makes the rules), and
       answers questions about itself: curl http://127.0.0.1:15000/
 
   proxy-host --controller http://portolan.istio-system:15010 --namespace shop --transparent 0.0.0.0:15001
       The same with a controller that runs elsewhere.
+
+  proxy-host capture --help
+      Makes the rules that bring a workload's connections to --transparent.
 
   proxy-host filter --help
       Runs any proxy-wasm filter in front of one upstream.
@@ -65,7 +68,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME", requires = "controller_ca", help_heading = CONFIGURATION)]
     pub controller_name: Option<String>,
 
-    /// Listen here for connections that iptables redirected
+    /// Listen here for connections that iptables redirected (see `proxy-host capture --help`)
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
     pub transparent: Option<SocketAddr>,
     /// Listen here as an HTTP proxy (absolute form and CONNECT); the mesh's proxyHttpPort is served as well
@@ -92,6 +95,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Role::Sidecar, help_heading = WORKLOAD)]
     pub role: Role,
 
+    /// Name servers to ask, in place of those in /etc/resolv.conf
+    #[arg(long, value_name = "IP[:PORT],...", value_delimiter = ',', value_parser = name_server, help_heading = OPERATION)]
+    pub name_server: Vec<SocketAddr>,
     /// Worker threads; as many as there are cores where it is not given
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = OPERATION)]
     pub threads: Option<u16>,
@@ -177,6 +183,8 @@ pub struct Config {
     pub identity: Identity,
     /// Most client connections at a time.
     pub max_connections: usize,
+    /// Name servers to ask in place of those in `resolv.conf`.
+    pub name_servers: Vec<SocketAddr>,
     /// Worker threads, at least 1.
     pub threads: usize,
     /// Time that a request waits for a cluster.
@@ -194,6 +202,13 @@ fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+fn name_server(text: &str) -> Result<SocketAddr, String> {
+    let alone = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+    text.parse()
+        .or_else(|_| alone())
+        .map_err(|_| "a name server is written 192.0.2.1, 192.0.2.1:53 or [fd00::1]:53".into())
+}
+
 impl Config {
     /// Settings for these files and everything else by default.
     #[must_use]
@@ -205,6 +220,7 @@ impl Config {
             http_proxies: Vec::new(),
             admin: None,
             max_connections: usize::MAX,
+            name_servers: Vec::new(),
             identity: Identity {
                 namespace: "default".into(),
                 labels: BTreeMap::new(),
@@ -233,6 +249,7 @@ impl From<Args> for Config {
         config.transparent = args.transparent;
         config.http_proxies = args.http_proxy.into_iter().collect();
         config.admin = args.admin;
+        config.name_servers = args.name_server;
         config.drain = args.drain_time;
         if let Some(most) = args.max_connections {
             config.max_connections = usize::try_from(most).unwrap_or(usize::MAX);
@@ -288,6 +305,8 @@ mod tests {
     fn limits_are_read() {
         let config = parse(&["--config", "a", "--drain-time", "1m", "--max-connections", "7"]).unwrap();
         assert_eq!((config.drain, config.max_connections), (Duration::from_secs(60), 7));
+        let servers = parse(&["--config", "a", "--name-server", "::1,192.0.2.1:5353"]).unwrap().name_servers;
+        assert_eq!(servers, ["[::1]:53".parse().unwrap(), "192.0.2.1:5353".parse().unwrap()]);
     }
 
     #[test]

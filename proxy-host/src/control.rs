@@ -73,13 +73,14 @@ pub async fn run(
     wanted: mpsc::UnboundedSender<String>,
     workers: Vec<mpsc::UnboundedSender<ToWorker>>,
     mut questions: mpsc::UnboundedReceiver<Question>,
+    resolver: Resolver,
 ) {
     let (resolved, mut resolutions) = mpsc::unbounded_channel();
     let mut table = Table {
         clusters: HashMap::new(),
         plans: Plans::default(),
         generation: 0,
-        resolver: Rc::default(),
+        resolver: Rc::new(resolver),
         resolved,
         wanted,
         workers,
@@ -251,11 +252,9 @@ async fn resolve(
                 Ok(answer) => {
                     let at = |ip| Address::Ip(SocketAddr::new(ip, port));
                     *slot = answer.addresses.into_iter().map(at).collect();
-                    if dns.respect_ttl {
-                        answer.valid_until.saturating_duration_since(Instant::now())
-                    } else {
-                        dns.refresh
-                    }
+                    let ttl = answer.valid_until.saturating_duration_since(Instant::now());
+                    // As with Envoy, a TTL of 0 says nothing.
+                    if dns.respect_ttl && !ttl.is_zero() { ttl } else { dns.refresh }
                 }
                 Err(error) => {
                     tracing::debug!(cluster = spec.name, name, "dns: {error}");
@@ -366,6 +365,7 @@ mod tests {
                     wanted,
                     vec![first, second],
                     mpsc::unbounded_channel().1,
+                    Resolver::default(),
                 ));
                 for worker in 0..2 {
                     need.send(Need { worker, cluster: "c".into() }).unwrap();

@@ -15,6 +15,7 @@ pub mod ads;
 pub mod any_filter;
 pub mod app;
 pub mod body;
+pub mod capture;
 pub mod commands;
 pub mod config;
 pub mod control;

@@ -96,7 +96,7 @@ impl Worker {
             stats,
             refusals: Refusals::default(),
             filter,
-            resolver: Resolver::default(),
+            resolver: Resolver::new(&config.name_servers),
             log,
             config,
             stop,

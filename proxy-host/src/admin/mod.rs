@@ -200,7 +200,7 @@ fn set_level(query: &str) -> Answer {
     let level = level.replace("%3D", "=").replace("%2C", ",").replace("%3A", ":");
     match logging::set_level(&level) {
         Ok(()) => {
-            tracing::info!(level, "the level of the log was changed on the admin port");
+            tracing::info!(filter = level, "the level of the log was changed on the admin port");
             text(StatusCode::OK, format!("{level}\n"))
         }
         Err(error @ LevelError::Unknown(..)) => text(StatusCode::BAD_REQUEST, format!("{error}\n{usage}")),

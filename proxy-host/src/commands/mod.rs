@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+use crate::capture::Capture;
+
 /// Runs the command that the arguments (the program's name first) name; `None` where they name none, and are the
 /// proxy's own.
 #[must_use]
@@ -14,6 +16,7 @@ pub fn run(args: &[std::ffi::OsString]) -> Option<ExitCode> {
     // Each command sees itself as `proxy-host NAME`.
     let own = || args.iter().skip(1).cloned();
     match name {
+        "capture" => Some(Capture::parse_from(own()).run()),
         "filter" => Some(filter::run(filter::Args::parse_from(own()))),
         _ => None,
     }

@@ -60,7 +60,9 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
         let mut serving = std::pin::pin!(serving);
         tokio::select! {
             _ = serving.as_mut() => {}
-            _ = stop.wait_for(|stop| *stop) => {
+            stopped = stop.wait_for(|stop| *stop) => {
+                // A guard, which would keep others from saying the same again.
+                drop(stopped);
                 serving.as_mut().graceful_shutdown();
                 let _ = serving.await;
             }
@@ -71,7 +73,9 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
         let mut serving = std::pin::pin!(serving);
         tokio::select! {
             _ = serving.as_mut() => {}
-            _ = stop.wait_for(|stop| *stop) => {
+            stopped = stop.wait_for(|stop| *stop) => {
+                // A guard, which would keep others from saying the same again.
+                drop(stopped);
                 serving.as_mut().graceful_shutdown();
                 let _ = serving.await;
             }

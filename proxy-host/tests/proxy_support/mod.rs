@@ -41,7 +41,8 @@ fn talk(mut stream: TcpStream, name: &str, delay: Duration) {
             thread::park_timeout(delay);
         }
         let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{name}", name.len());
-        if stream.write_all(answer.as_bytes()).is_err() {
+        let last = head.to_ascii_lowercase().contains("\r\nconnection: close\r\n");
+        if stream.write_all(answer.as_bytes()).is_err() || last {
             return;
         }
     }
@@ -74,7 +75,7 @@ pub const HTTP: &str = "number: 80, name: http, protocol: HTTP";
 
 /// Files for a proxy in a mesh that refuses what is not in the registry.
 pub fn write(dir: &Path, resources: &str) {
-    fs::write(dir.join("mesh.yaml"), "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n").unwrap();
+    fs::write(dir.join("mesh.yaml"), "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\ndnsRefreshRate: 1s\n").unwrap();
     fs::write(dir.join("entries.yaml"), resources).unwrap();
 }
 
