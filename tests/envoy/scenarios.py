@@ -462,6 +462,22 @@ def mutual_tls(kind, echo):
 
 @scenario
 @of_envoy
+def bound_ports(kind, echo):
+    """Without iptables: every port of the registry is bound at one address, and the access log says what was decided."""
+    log = f"/tmp/{rig.NS}.access.log"
+    with World(kind, echo, BASIC, bootstrap=["--plaintext", "--bind-ports", "127.0.0.1", "--access-log", log]) as w:
+        w.serving("web.example.com", "127.0.0.1:80")
+        tls = w.probe(proto="tls", dst="127.0.0.1:443", sni="web.example.com")
+        assert tls["upstream"] == [{"dst": "10.0.0.1:443", "kind": "tls", "sni": "web.example.com"}], tls
+        assert w.get("other.example.com", "127.0.0.1:80")["status"] == 502
+        w.write("late.yaml", entry("late", "late.example.com", [(8085, "HTTP")], "10.0.0.9"))
+        w.serving("late.example.com", "127.0.0.1:8085")
+        for said in ("10.0.0.1:80 \"host_exact: ServiceEntry default/web", "502 - portolan_denied{blocked}"):
+            until(f"the access log says {said}", lambda: said in open(log).read(), 20)
+
+
+@scenario
+@of_envoy
 def trapping_filter(kind, echo):
     """A filter that traps on every request and connection refuses them all, and lets nothing through."""
     path = f"/tmp/{rig.NS}.trap.wasm"

@@ -7,7 +7,7 @@ use portolan_proto::envoy::envoy::config::accesslog::v3::{AccessLog, access_log}
 use portolan_proto::envoy::envoy::config::core::v3 as core;
 use portolan_proto::envoy::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, filter};
 use portolan_proto::envoy::envoy::config::route::v3 as route;
-use portolan_proto::envoy::envoy::extensions::access_loggers::file::v3::FileAccessLog;
+use portolan_proto::envoy::envoy::extensions::access_loggers::file::v3::{FileAccessLog, file_access_log};
 use portolan_proto::envoy::envoy::extensions::filters::common::fault::v3::{FaultDelay, fault_delay};
 use portolan_proto::envoy::envoy::extensions::filters::common::set_filter_state::v3::{
     FilterStateValue, filter_state_value,
@@ -50,6 +50,11 @@ const PROXY_CHAIN: &str = "http_proxy";
 const VM_ID: &str = "portolan";
 /// How long a request or connection waits for a cluster that is not known yet.
 const CLUSTER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A line for each request and connection; the last field is the filter's decision.
+const ACCESS_LOG: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% \
+%RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% %DURATION% %DOWNSTREAM_LOCAL_ADDRESS% \
+\"%REQ(:AUTHORITY)%\" \"%REQUESTED_SERVER_NAME%\" %UPSTREAM_CLUSTER% %UPSTREAM_HOST% \
+\"%FILTER_STATE(wasm.portolan.decision:PLAIN)%\"\n";
 /// Istio's default retry policy.
 const RETRY_ON: &str = "connect-failure,refused-stream,unavailable,cancelled";
 
@@ -74,6 +79,8 @@ impl Chains {
             "role": if scope.role == Role::Gateway { "gateway" } else { "sidecar" },
             "ips": scope.ips,
             "no_snapshot": no_snapshot,
+            // Costs a host call for each request: only where somebody reads it.
+            "report_decisions": settings.access_log.is_some(),
         });
         for (field, value) in [("locality", scope.locality.as_str()), ("subscriber", node)] {
             if !value.is_empty() {
@@ -216,7 +223,18 @@ impl Chains {
 
     fn access_log(&self) -> Vec<AccessLog> {
         let Some(path) = &self.settings.access_log else { return Vec::new() };
-        let file = FileAccessLog { path: path.clone(), ..FileAccessLog::default() };
+        let source = core::DataSource {
+            specifier: Some(core::data_source::Specifier::InlineString(ACCESS_LOG.to_owned())),
+            ..core::DataSource::default()
+        };
+        let format = core::SubstitutionFormatString {
+            format: Some(core::substitution_format_string::Format::TextFormatSource(source)),
+            ..core::SubstitutionFormatString::default()
+        };
+        let file = FileAccessLog {
+            path: path.clone(),
+            access_log_format: Some(file_access_log::AccessLogFormat::LogFormat(format)),
+        };
         vec![AccessLog {
             name: "envoy.access_loggers.file".to_owned(),
             config_type: Some(access_log::ConfigType::TypedConfig(any(&file))),
