@@ -56,7 +56,7 @@ pub struct Args {
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config", help_heading = CONFIGURATION)]
     pub controller: Option<String>,
     /// Authorities of the controller's certificate (PEM), for https
-    #[arg(long, value_name = "FILE", requires = "controller", help_heading = CONFIGURATION)]
+    #[arg(long, value_name = "FILE", requires = "controller", conflicts_with = "config", help_heading = CONFIGURATION)]
     pub controller_ca: Option<PathBuf>,
     /// Own certificate (PEM), for a controller that asks who is there
     #[arg(long, value_name = "FILE", requires_all = ["controller_ca", "controller_key"], help_heading = CONFIGURATION)]
