@@ -472,7 +472,7 @@ def bound_ports(kind, echo):
         assert w.get("other.example.com", "127.0.0.1:80")["status"] == 502
         w.write("late.yaml", entry("late", "late.example.com", [(8085, "HTTP")], "10.0.0.9"))
         w.serving("late.example.com", "127.0.0.1:8085")
-        for said in ("10.0.0.1:80 \"host_exact: ServiceEntry default/web", "502 - portolan_denied{blocked}"):
+        for said in ("outbound|80||web.example.com 10.0.0.1:80 \"host_exact: ServiceEntry default/web", "502 - portolan_denied{blocked}"):
             until(f"the access log says {said}", lambda: said in open(log).read(), 20)
 
 

@@ -53,7 +53,7 @@ const CLUSTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A line for each request and connection; the last field is the filter's decision.
 const ACCESS_LOG: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% \
 %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% %DURATION% %DOWNSTREAM_LOCAL_ADDRESS% \
-\"%REQ(:AUTHORITY)%\" \"%REQUESTED_SERVER_NAME%\" %UPSTREAM_CLUSTER% %UPSTREAM_HOST% \
+\"%REQ(:AUTHORITY)%\" \"%REQUESTED_SERVER_NAME%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_HOST% \
 \"%FILTER_STATE(wasm.portolan.decision:PLAIN)%\"\n";
 /// Istio's default retry policy.
 const RETRY_ON: &str = "connect-failure,refused-stream,unavailable,cancelled";
