@@ -242,18 +242,19 @@ impl AsyncWrite for Guard {
             }
         }
         let linger = this.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        let over = linger.as_mut().poll(cx).is_ready();
+        if linger.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
         SCRATCH.with_borrow_mut(|scratch| {
             let mut dropped = ReadBuf::new(scratch);
-            while !over {
+            loop {
                 dropped.clear();
                 // However it ends, it is over.
                 match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut dropped)) {
                     Ok(()) if !dropped.filled().is_empty() => {}
-                    _ => break,
+                    _ => return Poll::Ready(Ok(())),
                 }
             }
-            Poll::Ready(Ok(()))
         })
     }
 }

@@ -450,7 +450,7 @@ mod tests {
         let mut head = b"GET / HTTP/1.1\r\nx: ".to_vec();
         head.resize(HEAD, b'a');
         assert_eq!(strict.judge(&head), Verdict::Pass(0));
-        head.extend([b'a', b'a']);
+        head.extend(b"aa");
         assert_eq!(strict.judge(&head), Verdict::Refuse(0, TOO_LARGE));
     }
 
