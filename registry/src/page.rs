@@ -19,8 +19,9 @@ use thiserror::Error;
 use crate::encode::Cursor;
 use crate::hash;
 
-/// Version of everything in this module and in the rows; a reader of another version refuses the page.
-pub const FORMAT: u16 = 1;
+/// Version of everything in this module and in the rows, raised with each change of them; a reader of another version
+/// refuses the page.
+pub const FORMAT: u16 = 2;
 /// A page larger than this is split, unless it holds a single row.
 pub const PAGE_LIMIT: usize = 1024;
 /// Largest page, in bytes: offsets have 16 bits.
