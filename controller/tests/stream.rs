@@ -367,3 +367,14 @@ async fn files_are_read_and_followed() {
     std::fs::write(&file, text("b.com")).unwrap();
     assert_eq!(client.next().await.1, ["outbound|80||a.com"]);
 }
+
+#[tokio::test]
+async fn a_subscriber_that_never_answers_has_its_stream_ended() {
+    let controller = controller(Vec::new()).await;
+    let mut subscriber = Subscriber::new(&controller, Snapshot::default()).await;
+    subscriber.update().await;
+    // With nothing left to do, time passes at once.
+    tokio::time::pause();
+    let status = subscriber.hear.message().await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status}");
+}
