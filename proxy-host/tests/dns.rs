@@ -254,9 +254,12 @@ fn ipv6_is_served_and_dialled() {
         return eprintln!("SKIPPED: there is no IPv6 here");
     }
     let origin = origin_at("[::1]:0", "six", Duration::ZERO);
-    let resources = entry("a", "a.test", HTTP, origin);
+    let server = Server::start(&[("named.test", Zone::Addresses(60, vec![ip("::1")]))]);
+    let resources = entry("a", "a.test", HTTP, origin) + &dns_entry("named", "named.test", origin.port());
     let dir = tempfile::tempdir().unwrap();
     let (app, lines) = start(dir.path(), &resources, |config| {
+        config.name_servers = vec![server.address];
+        // Names are resolved to IPv6 for a workload that has nothing else.
         config.identity.ips = vec![ip("::1")];
         config.http_proxies = vec!["[::1]:0".parse().unwrap()];
         // Takes IPv4 as well, whose addresses are then v4 in v6.
@@ -269,6 +272,7 @@ fn ipv6_is_served_and_dialled() {
     let proxy = app.http_proxies[0];
     assert!(proxy.is_ipv6());
     assert!(get(proxy, "http://a.test/").ends_with("six"));
+    assert!(get(proxy, "http://named.test/").ends_with("six"));
     let port = app.transparent.unwrap().port();
     let request = "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n";
     for client in [SocketAddr::from(([127, 0, 0, 1], port)), SocketAddr::new(ip("::1"), port)] {
