@@ -72,11 +72,13 @@ pub struct Batch {
     pub mesh: Option<MeshConfig>,
     /// What validation has to say of the documents that changed.
     pub findings: Vec<Finding>,
+    /// Documents changed, be it only that what was said of them holds no longer.
+    pub reread: bool,
 }
 
 impl Batch {
     fn is_empty(&self) -> bool {
-        self.changes.is_empty() && self.mesh.is_none() && self.findings.is_empty()
+        self.changes.is_empty() && self.mesh.is_none() && self.findings.is_empty() && !self.reread
     }
 }
 
@@ -405,6 +407,8 @@ impl YamlSource {
         if file.is_none() {
             self.unreadable.remove(path);
         }
+        let said = |file: Option<&File>| file.map_or(0, |file| file.findings.len());
+        batch.reread |= said(self.files.get(path)) + said(file.as_ref()) > 0;
         self.change(touched, batch, |files| {
             match file {
                 Some(file) => files.insert(path.to_owned(), file),
@@ -493,6 +497,7 @@ impl YamlSource {
         batch: &mut Batch,
         edit: impl FnOnce(&mut BTreeMap<PathBuf, File>),
     ) {
+        batch.reread |= !touched.is_empty();
         let before: Vec<Option<Object>> =
             touched.iter().map(|key| self.winner(key).map(|p| p.object.clone())).collect();
         edit(&mut self.files);
