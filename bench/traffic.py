@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""http.py PROXY_HOST LOAD [ENVOY] [--only NAME,...]: what proxy-host and Envoy cost per request, connection and byte, in one run.
+"""traffic.py PROXY_HOST LOAD [ENVOY] [--only NAME,...]: what proxy-host and Envoy cost per request, connection and byte, in one run.
 
 LOAD is target/release/load. proxy-host asks the filter, Envoy has one native route. Each runs one worker thread; what counts
 is the CPU time of the process. Runs itself in a network namespace (root), where TCP is redirected to both in the same way.

@@ -14,6 +14,7 @@ use portolan_registry::row::{Choice, Globals, HostPort, Origin, OriginKind, Row}
 use portolan_registry::snapshot::Snapshot;
 use portolan_registry::write::Writer;
 
+const ROUNDS: usize = 200;
 const PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 18, 5, 5)), 80);
 
 fn text<T: FromStr<Err: Debug>>(text: &str) -> T {
@@ -66,14 +67,20 @@ fn measure<T>(snapshot: &Snapshot, names: &[String], rule: Rule, mut then: impl 
     for name in names {
         assert_eq!(ask(snapshot, name).reason.rule, rule, "{name}");
     }
-    let rounds = 2_000_000 / names.len();
-    let start = ProcessTime::now();
-    for _ in 0..rounds {
-        for name in names {
-            black_box(then(ask(snapshot, black_box(name))));
-        }
-    }
-    start.elapsed().as_nanos() as f64 / (rounds * names.len()) as f64
+    let mut rounds: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let start = ProcessTime::now();
+            for _ in 0..20_000 / names.len() {
+                for name in names {
+                    black_box(then(ask(snapshot, black_box(name))));
+                }
+            }
+            start.elapsed().as_nanos() as f64 / (20_000 / names.len() * names.len()) as f64
+        })
+        .collect();
+    // Neighbours share the caches: the quarter of the rounds that they disturbed least.
+    rounds.sort_by(f64::total_cmp);
+    rounds[ROUNDS / 4]
 }
 
 fn main() {
