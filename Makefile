@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm test test-unit conformance test-envoy lint check-wasm fuzz-smoke bench gen ci
+.PHONY: help build run wasm test test-unit h2spec conformance test-envoy lint check-wasm fuzz-smoke bench gen ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
 KINDS := ServiceEntry WorkloadEntry
@@ -25,6 +25,9 @@ test: lint check-wasm test-unit conformance test-envoy fuzz-smoke  ## all of the
 test-unit: build  ## cargo test of every crate
 	-tests/venv.sh
 	cargo test --workspace --locked --no-fail-fast
+
+h2spec:  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)
+	cargo test --locked -p portolan-proxy-host --test h2spec -- --nocapture
 
 conformance: build  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
 	tests/conformance/run.sh $(KINDS)
