@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo bench --locked -p portolan-registry --bench lookup
+echo "the same with huge pages"
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 cargo bench --locked -p portolan-registry --bench lookup -- 1000000
 cargo bench --locked -p portolan-tests --bench filter
 cargo build --locked --release -p portolan-proxy-host -p portolan-tests --bins
 for entries in 10 100000; do

@@ -529,26 +529,41 @@ impl Summary {
     }
 
     /// What a star may stand before to take this name, longest first: the suffixes of the lengths that there are.
-    pub(crate) fn suffixes<'n>(&self, name: &'n [u8]) -> impl Iterator<Item = &'n [u8]> {
+    pub(crate) fn suffixes<'s, 'n>(&'s self, name: &'n [u8]) -> Suffixes<'s, 'n> {
         // The star stands for at least one character.
-        lengths(self.lengths, name.len().saturating_sub(1)).filter_map(move |len| {
-            let suffix = name.get(name.len() - len..)?;
-            let half = if suffix.first() == Some(&b'.') { &self.dotted } else { &self.plain };
-            bit(half, len as u8).then_some(suffix)
-        })
+        let top = name.len().saturating_sub(1).min(255);
+        let left = self.lengths.get(top / 64).map_or(0, |word| word << (63 - top % 64) >> (63 - top % 64));
+        Suffixes { summary: self, name, word: top / 64, left }
     }
 }
 
-/// The bits that are set, from `top` down.
-fn lengths(words: [u64; 4], top: usize) -> impl Iterator<Item = usize> {
-    let words = words.into_iter().enumerate().rev().skip_while(move |(i, _)| i * 64 > top);
-    words.flat_map(move |(i, word)| {
-        let above = 63 - (top - i * 64).min(63);
-        let mut left = word << above >> above;
-        std::iter::from_fn(move || {
-            let at = left.checked_ilog2()?;
-            left ^= 1 << at;
-            Some(i * 64 + at as usize)
-        })
-    })
+/// See [`Summary::suffixes`].
+pub(crate) struct Suffixes<'s, 'n> {
+    summary: &'s Summary,
+    name: &'n [u8],
+    /// The word of the lengths that is looked at, and those of its bits that are still to be.
+    word: usize,
+    left: u64,
+}
+
+impl<'n> Iterator for Suffixes<'_, 'n> {
+    type Item = &'n [u8];
+
+    #[inline]
+    fn next(&mut self) -> Option<&'n [u8]> {
+        loop {
+            let Some(at) = self.left.checked_ilog2() else {
+                self.word = self.word.checked_sub(1)?;
+                self.left = *self.summary.lengths.get(self.word)?;
+                continue;
+            };
+            self.left ^= 1 << at;
+            let len = self.word * 64 + at as usize;
+            let suffix = self.name.get(self.name.len().checked_sub(len)?..)?;
+            let half = if suffix.first() == Some(&b'.') { &self.summary.dotted } else { &self.summary.plain };
+            if bit(half, len as u8) {
+                return Some(suffix);
+            }
+        }
+    }
 }

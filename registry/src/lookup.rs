@@ -87,7 +87,9 @@ impl Snapshot {
 
     /// Decides an HTTP request.
     pub fn request(&self, query: &Request<'_>) -> Decision<'_> {
-        let (host, asked_port) = authority::split(query.authority);
+        // Nearly all are a name and nothing else, which one look at the bytes tells.
+        let plain = name::is_normal(query.authority);
+        let (host, asked_port) = if plain { (query.authority, None) } else { authority::split(query.authority) };
         let mut buffer = None;
         let (port, wanted) = match query.listener {
             Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), Use::Proxy),
@@ -100,7 +102,7 @@ impl Snapshot {
                 }
             }
         };
-        let name = match name::normal(host, &mut buffer) {
+        let name = match if plain { Ok(host) } else { name::normal(host, &mut buffer) } {
             Ok(name) => name,
             // No name is one that nobody declared.
             Err(NameError::Empty) => return self.unknown_request(query.listener),

@@ -118,8 +118,9 @@ pub(crate) fn normal<'n>(name: &'n [u8], room: &'n mut Option<Buffer>) -> Result
     Ok(buffer.as_bytes())
 }
 
-/// Is this surely in normal form? Eight bytes at a time; names that are short or hold rarer characters are not told.
-fn is_normal(name: &[u8]) -> bool {
+/// Is this surely in normal form, and without a colon? Eight bytes at a time; names that are short or hold rarer
+/// characters are not told.
+pub(crate) fn is_normal(name: &[u8]) -> bool {
     let Some(last) = name.last_chunk::<8>() else { return false };
     let mut strange = 0;
     for word in name.as_chunks::<8>().0.iter().chain([last]) {
@@ -128,7 +129,7 @@ fn is_normal(name: &[u8]) -> bool {
     strange == 0 && name.len() <= MAX_NAME && !matches!(name, [.., b'.'])
 }
 
-/// The top bit of each byte outside `-` to `;` and `^` to `~`, or that is `/`: all others there are their own lower case and
+/// The top bit of each byte outside `-` to `9` and `^` to `~`, or that is `/`: all others there are their own lower case and
 /// may be part of a name.
 fn strange_bytes(word: u64) -> u64 {
     const TOP: u64 = 0x8080_8080_8080_8080;
@@ -139,7 +140,7 @@ fn strange_bytes(word: u64) -> u64 {
     // Whether a byte is at least so much: no sum reaches into the next byte.
     let at_least = |byte: u8| low.wrapping_add(each(0x80 - byte));
     let slash = !((low ^ each(b'/')).wrapping_add(each(0x7f)));
-    let good = (at_least(b'-') & !at_least(b'<') & !slash) | (at_least(b'^') & !at_least(0x7f));
+    let good = (at_least(b'-') & !at_least(b':') & !slash) | (at_least(b'^') & !at_least(0x7f));
     (word | !good) & TOP
 }
 

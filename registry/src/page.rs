@@ -131,16 +131,18 @@ fn fingerprint(hash: u64) -> u8 {
     hash as u8
 }
 
-/// The bit that stands for a key among those of a page's rows.
-pub(crate) fn row_bit(hash: u64) -> u64 {
-    1 << (fingerprint(hash) % 64)
+/// The two bits that stand for a key among those of a page's rows: with one, half as many again of the names that no page
+/// holds would look as if it did.
+pub(crate) fn row_bits(hash: u64) -> u64 {
+    let print = fingerprint(hash);
+    1 << (print % 64) | 1 << (print.wrapping_mul(0x9d) >> 2)
 }
 
-/// The bits of a page's rows.
-pub(crate) fn row_bits(page: &[u8]) -> u64 {
+/// The bits of all of a page's rows.
+pub(crate) fn all_row_bits(page: &[u8]) -> u64 {
     let Some((prints, offsets)) = slots(page) else { return 0 };
     let rows = prints.iter().flatten().take(offsets.len());
-    rows.fold(0, |bits, print| bits | row_bit(u64::from(*print)))
+    rows.fold(0, |bits, print| bits | row_bits(u64::from(*print)))
 }
 
 /// Writes a page. The rows are sorted by (hash, bytes) and fit [`PAGE_MAX`].

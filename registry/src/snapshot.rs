@@ -28,7 +28,7 @@ struct Staged {
     bytes: Vec<u8>,
 }
 
-/// An entry of the table: where a page is, and a bit for each of its rows, so that most keys that are in no page are
+/// An entry of the table: where a page is, and two bits for each of its rows, so that most keys that are in no page are
 /// known from the table alone. In three words, to take no more room than they need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
@@ -41,14 +41,15 @@ impl Entry {
     const DEEP: Entry = Entry { at: DEEP, rows: [u32::MAX; 2] };
 
     fn new(at: u32, page: &[u8]) -> Self {
-        let bits = page::row_bits(page);
+        let bits = page::all_row_bits(page);
         Entry { at, rows: [bits as u32, (bits >> 32) as u32] }
     }
 
     /// May the page hold a key of this hash?
     fn may_hold(&self, hash: u64) -> bool {
         let [low, high] = self.rows;
-        page::row_bit(hash) & (u64::from(low) | u64::from(high) << 32) != 0
+        let bits = page::row_bits(hash);
+        bits & (u64::from(low) | u64::from(high) << 32) == bits
     }
 }
 
