@@ -1,4 +1,4 @@
-//! Bodies on their way through: counted, and never collected.
+//! Bodies on their way through: counted, and not collected where nobody needs them again.
 
 use std::{
     cell::Cell,
@@ -11,41 +11,76 @@ use bytes::{Buf as _, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::{access_log::Entry, upstream::http::Lease};
+use crate::{access_log::Entry, flags, replay, router::Deadline, upstream::http::Lease};
+
+/// Why a body does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The side that it comes from.
+    #[error(transparent)]
+    Source(#[from] hyper::Error),
+    /// The client's body had failed before.
+    #[error("the request's body ended early")]
+    Incomplete,
+    /// Another attempt has taken the body over.
+    #[error("the request is sent again")]
+    Superseded,
+    /// The time for the response has passed.
+    #[error("upstream request timeout")]
+    Timeout,
+}
 
 /// A client's body on its way to the upstream.
 #[derive(Debug)]
-pub struct RequestBody {
-    inner: Incoming,
-    received: Rc<Cell<u64>>,
+pub enum RequestBody {
+    /// Passed on, and forgotten.
+    Once {
+        /// The client's.
+        inner: Incoming,
+        /// Bytes so far.
+        received: Rc<Cell<u64>>,
+    },
+    /// Kept, for other attempts to read it again.
+    Held(replay::Reader),
 }
 
 impl RequestBody {
     /// Counts into `received`.
     #[must_use]
     pub fn new(inner: Incoming, received: Rc<Cell<u64>>) -> Self {
-        Self { inner, received }
+        Self::Once { inner, received }
     }
 }
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
-        if let Some(Ok(data)) = frame.as_ref().map(|f| f.as_ref().map(Frame::data_ref)) {
-            self.received.set(self.received.get() + data.map_or(0, |d| d.remaining() as u64));
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut *self {
+            Self::Once { inner, received } => {
+                let frame = ready!(Pin::new(inner).poll_frame(cx));
+                if let Some(Ok(data)) = frame.as_ref().map(|f| f.as_ref().map(Frame::data_ref)) {
+                    received.set(received.get() + data.map_or(0, |d| d.remaining() as u64));
+                }
+                Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Source)))
+            }
+            Self::Held(reader) => reader.poll_frame(cx),
         }
-        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        match self {
+            Self::Once { inner, .. } => inner.is_end_stream(),
+            Self::Held(reader) => reader.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        match self {
+            Self::Once { inner, .. } => inner.size_hint(),
+            Self::Held(reader) => reader.size_hint(),
+        }
     }
 }
 
@@ -58,7 +93,7 @@ pub struct ResponseBody {
 
 enum Source {
     Local(Option<Bytes>),
-    Upstream(Incoming, Option<Lease>),
+    Upstream(Incoming, Option<Lease>, Option<Deadline>),
 }
 
 impl ResponseBody {
@@ -76,8 +111,14 @@ impl ResponseBody {
 
     /// The upstream's body; its connection goes back to the pool when the body is through.
     #[must_use]
-    pub fn upstream(body: Incoming, lease: Lease, received: Rc<Cell<u64>>, entry: Box<Entry>) -> Self {
-        let mut source = Source::Upstream(body, Some(lease));
+    pub fn upstream(
+        body: Incoming,
+        lease: Lease,
+        deadline: Option<Deadline>,
+        received: Rc<Cell<u64>>,
+        entry: Box<Entry>,
+    ) -> Self {
+        let mut source = Source::Upstream(body, Some(lease), deadline);
         source.finish_at_end();
         Self { source, received, entry }
     }
@@ -85,7 +126,7 @@ impl ResponseBody {
 
 impl Source {
     fn finish_at_end(&mut self) {
-        if let Self::Upstream(body, lease) = self
+        if let Self::Upstream(body, lease, _) = self
             && body.is_end_stream()
             && let Some(lease) = lease.take()
         {
@@ -96,13 +137,23 @@ impl Source {
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match &mut self.source {
             Source::Local(body) => body.take().map(|body| Ok(Frame::data(body))),
-            Source::Upstream(body, lease) => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
+            Source::Upstream(body, lease, deadline) => {
+                let frame = match Pin::new(body).poll_frame(cx) {
+                    Poll::Ready(frame) => frame,
+                    Poll::Pending => {
+                        let Some(deadline) = deadline else { return Poll::Pending };
+                        ready!(deadline.as_mut().poll(cx));
+                        lease.take();
+                        self.entry.flags = flags::join(self.entry.flags, "UT");
+                        self.entry.reason = Some("response_timeout".into());
+                        return Poll::Ready(Some(Err(BodyError::Timeout)));
+                    }
+                };
                 match &frame {
                     None => {
                         if let Some(lease) = lease.take() {
@@ -112,11 +163,11 @@ impl Body for ResponseBody {
                     Some(Err(_)) => {
                         lease.take();
                         // Envoy's flag for an upstream that ends in the middle.
-                        self.entry.flags = "UC";
+                        self.entry.flags = flags::join(self.entry.flags, "UC");
                     }
                     Some(Ok(_)) => {}
                 }
-                frame
+                frame.map(|frame| frame.map_err(BodyError::Source))
             }
         };
         if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {
@@ -129,14 +180,14 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Local(body) => body.is_none(),
-            Source::Upstream(body, _) => body.is_end_stream(),
+            Source::Upstream(body, ..) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Local(body) => SizeHint::with_exact(body.as_ref().map_or(0, |b| b.len() as u64)),
-            Source::Upstream(body, _) => body.size_hint(),
+            Source::Upstream(body, ..) => body.size_hint(),
         }
     }
 }

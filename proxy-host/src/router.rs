@@ -1,111 +1,64 @@
-//! From a cluster to a response: an endpoint is chosen, connected to and asked, and another one tried where none
-//! could be connected to (Istio's default retry policy, as far as it can be carried out before a body has been sent).
+//! From a cluster to a response: an endpoint is chosen, connected to and asked, within the time that the request has,
+//! and another one is asked where the request's policy says so.
 
-use std::{rc::Rc, time::Duration};
+mod failure;
+mod policy;
 
-use ::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header::HOST};
+use std::{future::Future, pin::Pin, rc::Rc};
+
+use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header::HOST};
 use hyper::body::Incoming;
 
+use self::policy::{Ended, back_off};
+pub use self::{
+    failure::{Failure, Tries},
+    policy::{Policy, delay},
+};
 use crate::{
     access_log::Entry,
     body::RequestBody,
+    flags,
     listener::http::target,
+    replay::Held,
+    stats,
     upstream::{
         Active, ChooseError, Cluster, Endpoint, Wanted,
         cluster::Protocol,
-        connect::{ConnectError, Stream},
+        connect::Stream,
         http::{self, Lease, SendError},
     },
     vm::RequestHead,
     worker::Worker,
 };
 
-/// Retries after a failed connection (Istio's default policy).
-const RETRIES: u32 = 2;
 /// Attempts to find an endpoint that has not been tried (Istio's `hostSelectionRetryMaxAttempts`).
 const SELECTIONS: u32 = 5;
-/// Envoy's base interval between retries.
-const BACKOFF: Duration = Duration::from_millis(25);
 
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+
+/// Ends when the time for a request has passed.
+pub type Deadline = Pin<Box<dyn Future<Output = ()>>>;
 
 /// A request whose way is decided.
 pub struct Outgoing {
     /// Headers, as the filter left them.
     pub head: RequestHead,
     /// The client's body.
-    pub body: RequestBody,
+    pub body: Incoming,
+    /// Counts the body's bytes.
+    pub received: Rc<std::cell::Cell<u64>>,
+    /// It is a gRPC call.
+    pub grpc: bool,
 }
 
-/// Why there is no response; texts, statuses and flags are Envoy's (SEMANTICS 8.4).
-#[derive(Debug)]
-pub enum Failure {
-    /// The cluster has nowhere to go.
-    Choose(ChooseError),
-    /// No endpoint could be connected to; how often it was tried again.
-    Connect(ConnectError, u32),
-    /// The connection ended before the response.
-    Reset(hyper::Error),
-    /// The application's own timeout has passed.
-    Timeout,
-    /// The filter left headers that make no request, or did not let the response pass.
-    Filter,
-}
-
-impl Failure {
-    /// Status for the client.
-    #[must_use]
-    pub fn status(&self) -> StatusCode {
-        match self {
-            Self::Reset(error) if error.is_parse() => StatusCode::BAD_GATEWAY,
-            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
-            _ => StatusCode::SERVICE_UNAVAILABLE,
-        }
-    }
-
-    /// Flags for the access log.
-    #[must_use]
-    pub fn flags(&self) -> &'static str {
-        match self {
-            Self::Choose(ChooseError::NoEndpoint) => "UH",
-            Self::Choose(ChooseError::Resolve(_)) => "DF",
-            Self::Connect(_, 0) => "UF",
-            Self::Connect(..) => "UF,URX",
-            Self::Reset(error) if error.is_parse() => "UPE",
-            Self::Reset(_) => "UC",
-            Self::Timeout => "UT",
-            Self::Filter => "",
-        }
-    }
-
-    /// Body for the client.
-    #[must_use]
-    pub fn body(&self) -> String {
-        let before = "upstream connect error or disconnect/reset before headers.";
-        match self {
-            Self::Choose(ChooseError::NoEndpoint) => "no healthy upstream".into(),
-            Self::Choose(ChooseError::Resolve(_)) => "DNS resolution failure".into(),
-            Self::Connect(error, 0) => format!("{before} reset reason: {error}"),
-            Self::Connect(error, _) => format!("{before} retried and the latest reset reason: {error}"),
-            Self::Reset(error) if error.is_parse() => format!("{before} reset reason: protocol error"),
-            Self::Reset(_) => format!("{before} reset reason: connection termination"),
-            Self::Timeout => "upstream request timeout".into(),
-            Self::Filter => "portolan: the filter failed\n".into(),
-        }
-    }
-
-    /// Response code details.
-    #[must_use]
-    pub fn details(&self) -> String {
-        match self {
-            Self::Choose(ChooseError::NoEndpoint) => "no_healthy_upstream".into(),
-            Self::Choose(ChooseError::Resolve(error)) => format!("dns_resolution_failure{{{error}}}"),
-            Self::Connect(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
-            Self::Reset(error) => format!("upstream_reset_before_response_started{{{error}}}"),
-            Self::Timeout => "response_timeout".into(),
-            Self::Filter => "portolan_filter_failed".into(),
-        }
-    }
+/// A response, and what there is to know of it.
+pub struct Answered {
+    /// The upstream's.
+    pub response: Response<Incoming>,
+    /// What it came over.
+    pub lease: Lease,
+    /// When it has to be through.
+    pub deadline: Option<Deadline>,
 }
 
 /// An endpoint, and not one of those tried before where another can be found.
@@ -125,9 +78,43 @@ async fn choose(
     Ok(endpoint)
 }
 
-async fn back_off(retry: u32) {
-    let longest = BACKOFF * ((1 << retry) - 1);
-    tokio::time::sleep(longest.mul_f64(fastrand::f64())).await;
+/// The request, for one attempt after another.
+enum Source {
+    /// Gone with the first attempt that sends it.
+    Once(Option<Request<RequestBody>>),
+    /// Made anew for each attempt.
+    Held { method: Method, uri: Uri, version: Version, headers: HeaderMap, body: Rc<Held> },
+}
+
+impl Source {
+    fn next(&mut self) -> Option<Request<RequestBody>> {
+        match self {
+            Self::Once(request) => request.take(),
+            Self::Held { method, uri, version, headers, body } => {
+                let mut request = Request::new(RequestBody::Held(body.read()));
+                *request.method_mut() = method.clone();
+                *request.uri_mut() = uri.clone();
+                *request.version_mut() = *version;
+                *request.headers_mut() = headers.clone();
+                Some(request)
+            }
+        }
+    }
+
+    /// Whether there can be another attempt.
+    fn is_left(&self) -> bool {
+        match self {
+            Self::Once(request) => request.is_some(),
+            Self::Held { body, .. } => body.is_whole(),
+        }
+    }
+
+    fn body(&self) -> Option<&Rc<Held>> {
+        match self {
+            Self::Once(_) => None,
+            Self::Held { body, .. } => Some(body),
+        }
+    }
 }
 
 /// Sends a request; `http2`: the client speaks HTTP/2.
@@ -141,68 +128,164 @@ pub async fn send(
     outgoing: Outgoing,
     http2: bool,
     entry: &mut Entry,
-) -> Result<(Response<Incoming>, Lease), Failure> {
+) -> Result<Answered, Failure> {
     let http2 = match cluster.spec().protocol {
         Protocol::Http1 => false,
         Protocol::Http2 => true,
         Protocol::SameAsClient => http2,
     };
-    let Outgoing { mut head, body } = outgoing;
-    let own = OwnPolicy::take(&mut head.headers);
-    let mut request = Request::new(body);
-    *request.uri_mut() = target(&head, http2).map_err(|_| Failure::Filter)?;
-    *request.method_mut() = head.method;
-    *request.headers_mut() = head.headers;
+    let Outgoing { mut head, body, received, grpc } = outgoing;
+    let policy = Policy::take(&mut head.headers, grpc);
+    let uri = target(&head, http2).map_err(|_| Failure::Filter)?;
+    let mut headers = head.headers;
     if http2 {
-        *request.version_mut() = ::http::Version::HTTP_2;
-        request.headers_mut().remove(::http::header::CONNECTION);
-        request.headers_mut().remove(::http::header::UPGRADE);
+        headers.remove(::http::header::CONNECTION);
+        headers.remove(::http::header::UPGRADE);
     }
-    if let Some(authority) = head.authority.filter(|_| !http2 || request.uri().authority().is_none()) {
-        request.headers_mut().insert(HOST, authority);
+    if let Some(authority) = head.authority.filter(|_| !http2 || uri.authority().is_none()) {
+        headers.insert(HOST, authority);
     }
-    let mut sending = std::pin::pin!(attempts(worker, cluster, wanted, request, http2, own.retries, entry));
-    match own.timeout {
-        Some(timeout) => tokio::time::timeout(timeout, sending.as_mut()).await.unwrap_or(Err(Failure::Timeout)),
-        None => sending.await,
+    let version = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
+    if policy.repeats || policy.timeout.is_some() {
+        let body = Held::new(body, received);
+        let source = Source::Held { method: head.method, uri, version, headers, body };
+        // Rare, and its state must not weigh on each request.
+        return Box::pin(within(worker, cluster, wanted, source, http2, policy, entry)).await;
+    }
+    let mut request = Request::new(RequestBody::new(body, received));
+    *request.method_mut() = head.method;
+    *request.uri_mut() = uri;
+    *request.version_mut() = version;
+    *request.headers_mut() = headers;
+    let source = Source::Once(Some(request));
+    let mut tries = Tries::default();
+    let (response, lease) = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries).await?;
+    Ok(Answered { response, lease, deadline: None })
+}
+
+/// The same, with a time limit where the policy has one: it begins at the end of the request.
+async fn within(
+    worker: &Worker,
+    cluster: &Cluster,
+    wanted: &Wanted,
+    source: Source,
+    http2: bool,
+    policy: Policy,
+    entry: &mut Entry,
+) -> Result<Answered, Failure> {
+    let no_content = policy.no_content;
+    let mut deadline: Option<Deadline> = policy.timeout.map(|timeout| {
+        let body = source.body().cloned();
+        let wait: Deadline = Box::pin(async move {
+            if let Some(body) = body {
+                body.ended().await;
+            }
+            tokio::time::sleep(timeout).await;
+        });
+        wait
+    });
+    let mut tries = Tries::default();
+    let ended = {
+        let sending = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries);
+        match &mut deadline {
+            None => Some(sending.await),
+            Some(deadline) => tokio::select! {
+                biased;
+                ended = sending => Some(ended),
+                () = deadline.as_mut() => None,
+            },
+        }
+    };
+    match ended {
+        Some(Ok((response, lease))) => Ok(Answered { response, lease, deadline }),
+        Some(Err(failure)) => Err(failure),
+        None => {
+            stats::here(|stats| stats.upstream_request_timeouts.add(1));
+            Err(Failure::Timeout { attempt: false, no_content, tries })
+        }
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "each is one thing that an attempt goes by")]
 async fn attempts(
     worker: &Worker,
     cluster: &Cluster,
     wanted: &Wanted,
-    mut request: Request<RequestBody>,
+    mut source: Source,
     http2: bool,
-    retries: u32,
+    mut policy: Policy,
     entry: &mut Entry,
+    tries: &mut Tries,
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let mut tried = Vec::new();
     let mut retry = 0;
     loop {
         let endpoint = choose(worker, cluster, wanted, &tried).await.map_err(Failure::Choose)?;
+        let Some(mut request) = source.next() else { return Err(Failure::Filter) };
         request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
-        match http::send(cluster, &endpoint, request, http2).await {
+        let begun = retry > 0 && policy.timeout.is_some();
+        if begun {
+            policy.announce(request.headers_mut(), entry.elapsed());
+        }
+        let limit = policy.per_try.map(|time| (time, source.body().cloned()));
+        let (failure, again): (_, bool) = match http::send(cluster, &endpoint, request, http2, limit).await {
             Ok((response, lease)) => {
                 entry.upstream = Some(lease.address.to_string());
-                return Ok((response, lease));
+                if !policy.rejects(&response) {
+                    return Ok((response, lease));
+                }
+                if !may_retry(&mut policy, &source, tries) {
+                    entry.flags = flags::join(entry.flags, tries.flag);
+                    return Ok((response, lease));
+                }
+                (None, true)
             }
             Err(SendError::Reset { error, address }) => {
                 entry.upstream = Some(address.to_string());
-                return Err(Failure::Reset(error));
+                let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
+                let again = policy.retries_after(ended, true) && may_retry(&mut policy, &source, tries);
+                (Some(Failure::Reset(error, *tries)), again)
+            }
+            Err(SendError::Timeout(address)) => {
+                entry.upstream = Some(address.to_string());
+                stats::here(|stats| stats.upstream_try_timeouts.add(1));
+                let again = policy.retries_after(Ended::Timeout, true) && may_retry(&mut policy, &source, tries);
+                let no_content = policy.no_content;
+                (Some(Failure::Timeout { attempt: true, no_content, tries: *tries }), again)
             }
             Err(SendError::Connect(error, address, unsent)) => {
                 entry.upstream = address.map(|address| address.to_string());
-                if retry >= retries {
-                    return Err(Failure::Connect(error, retry));
+                if let Source::Once(request) = &mut source {
+                    *request = Some(*unsent);
                 }
-                request = *unsent;
+                let again = policy.retries_after(Ended::Connect, false) && may_retry(&mut policy, &source, tries);
+                (Some(Failure::Connect(error, *tries)), again)
             }
+        };
+        match failure {
+            Some(failure) if !again => return Err(failure),
+            _ => {}
         }
         tried.push(endpoint);
         retry += 1;
+        tries.retried = true;
         back_off(retry).await;
     }
+}
+
+/// Takes one of the retries that are left, or notes why there is none.
+fn may_retry(policy: &mut Policy, source: &Source, tries: &mut Tries) -> bool {
+    if !source.is_left() {
+        return false;
+    }
+    if policy.retries == 0 {
+        stats::here(|stats| stats.upstream_retries_exceeded.add(1));
+        tries.flag = "URX";
+        return false;
+    }
+    policy.retries -= 1;
+    stats::here(|stats| stats.upstream_retries.add(1));
+    true
 }
 
 /// Opens a connection for a tunnel.
@@ -218,58 +301,8 @@ pub async fn connect(
     let endpoint = choose(worker, cluster, wanted, &[]).await.map_err(Failure::Choose)?;
     entry.upstream = endpoint.address().map(ToString::to_string);
     let active = endpoint.begin();
-    let (stream, address) = cluster.connect(&endpoint).await.map_err(|error| Failure::Connect(error, 0))?;
+    let connected = cluster.connect(&endpoint).await;
+    let (stream, address) = connected.map_err(|error| Failure::Connect(error, Tries::default()))?;
     entry.upstream = Some(address.to_string());
     Ok((stream, active))
-}
-
-/// What an application, or the filter, asks of the router by Envoy's headers; they do not go on to the upstream.
-struct OwnPolicy {
-    timeout: Option<Duration>,
-    retries: u32,
-}
-
-impl OwnPolicy {
-    fn take(headers: &mut HeaderMap) -> Self {
-        if !headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
-            return Self { timeout: None, retries: RETRIES };
-        }
-        let mut number = |name: &str| {
-            let value = headers.remove(name)?;
-            value.to_str().ok()?.parse::<u32>().ok()
-        };
-        let timeout = number("x-envoy-upstream-rq-timeout-ms").filter(|ms| *ms > 0);
-        let retries = number("x-envoy-max-retries").unwrap_or(RETRIES).min(10);
-        for name in [
-            "x-envoy-upstream-rq-per-try-timeout-ms",
-            "x-envoy-upstream-rq-timeout-alt-response",
-            "x-envoy-retry-on",
-            "x-envoy-retry-grpc-on",
-            "x-envoy-retriable-status-codes",
-            "x-envoy-retriable-header-names",
-            "x-envoy-hedge-on-per-try-timeout",
-        ] {
-            headers.remove(name);
-        }
-        if let Some(ms) = timeout {
-            headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(ms));
-        }
-        Self { timeout: timeout.map(|ms| Duration::from_millis(ms.into())), retries }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_applications_timeout_is_taken_and_announced() {
-        let mut headers = HeaderMap::new();
-        headers.insert("x-envoy-upstream-rq-timeout-ms", HeaderValue::from_static("250"));
-        headers.insert("x-envoy-retry-on", HeaderValue::from_static("5xx"));
-        let own = OwnPolicy::take(&mut headers);
-        assert_eq!((own.timeout, own.retries), (Some(Duration::from_millis(250)), RETRIES));
-        assert_eq!(headers.len(), 1);
-        assert_eq!(headers["x-envoy-expected-rq-timeout-ms"], "250");
-    }
 }

@@ -81,6 +81,14 @@ pub struct WorkerStats {
     pub upstream_failed: Cell,
     /// Of those, the ones that took too long.
     pub upstream_timeouts: Cell,
+    /// Requests that got no response in the time that they had.
+    pub upstream_request_timeouts: Cell,
+    /// Attempts that took longer than one may.
+    pub upstream_try_timeouts: Cell,
+    /// Attempts after the first.
+    pub upstream_retries: Cell,
+    /// Requests that were not tried again because no retry was left.
+    pub upstream_retries_exceeded: Cell,
     /// Lines of the access log that were dropped because nobody reads it.
     pub lost_lines: Cell,
     /// 1 once the filter has its first snapshot.

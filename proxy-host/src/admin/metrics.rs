@@ -158,6 +158,16 @@ fn traffic(admin: &Admin, families: &mut Families) {
     let failures = vec![reason("refused", failed.saturating_sub(late)), reason("timeout", late)];
     let help = "Connections to upstreams that failed to open";
     families.add("portolan_upstream_connect_failures", help, Samples::Counters(failures));
+    let help = "Attempts to send a request again";
+    families.counter("portolan_upstream_retries", help, stats.sum(|w| &w.upstream_retries));
+    let help = "Requests that were not sent again because no retry was left";
+    families.counter("portolan_upstream_retries_exceeded", help, stats.sum(|w| &w.upstream_retries_exceeded));
+    let scopes = vec![
+        (vec![("of", "request".to_owned())], stats.sum(|w| &w.upstream_request_timeouts)),
+        (vec![("of", "attempt".to_owned())], stats.sum(|w| &w.upstream_try_timeouts)),
+    ];
+    let help = "Requests and attempts that took longer than their headers allow";
+    families.add("portolan_upstream_timeouts", help, Samples::Counters(scopes));
     let lost = stats.sum(|w| &w.lost_lines);
     families.counter(
         "portolan_access_log_lost_lines",

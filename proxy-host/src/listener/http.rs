@@ -21,9 +21,10 @@ use super::{
 };
 use crate::{
     access_log::Entry,
-    body::{RequestBody, ResponseBody},
+    body::ResponseBody,
     exec::{self, LocalExec},
     filter::{Connection, HttpVerdict, Stream},
+    flags,
     headers::{self, authority_parts},
     path,
     router::{self, Failure},
@@ -152,6 +153,7 @@ async fn answer(
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
     };
+    let delay = router::delay(&mut head.headers);
     headers::remove_own(&mut head.headers);
     let found = worker.cluster(&name).await;
     exchange.entry.cluster = Some(name);
@@ -162,6 +164,10 @@ async fn answer(
             return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC"));
         }
     };
+    if let Some(delay) = delay {
+        exchange.entry.flags = flags::join(exchange.entry.flags, "DI");
+        Box::pin(tokio::time::sleep(delay)).await;
+    }
     let (host, port) = authority_parts(head.authority.as_ref());
     let destination = connection.captured.then_some(connection.destination);
     let wanted = Wanted { destination, host, port };
@@ -273,9 +279,10 @@ impl Exchange {
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
         let same = incoming.version() == Version::HTTP_2;
         let upgrade = head.headers.contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
-        let request = router::Outgoing { head, body: RequestBody::new(incoming.into_body(), self.received.clone()) };
+        let received = self.received.clone();
+        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc };
         let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
-        let (mut response, lease) = match sent {
+        let router::Answered { mut response, lease, deadline } = match sent {
             Ok(answered) => answered,
             Err(failure) => return Err((self, failure)),
         };
@@ -302,7 +309,7 @@ impl Exchange {
             Err(None) => return Err((self, Failure::Filter)),
         };
         self.entry.status = head.status.as_u16();
-        let mut response = Response::new(ResponseBody::upstream(body, lease, self.received, self.entry));
+        let mut response = Response::new(ResponseBody::upstream(body, lease, deadline, self.received, self.entry));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
         Ok(response)
@@ -356,7 +363,7 @@ impl Exchange {
 
     /// An answer of our own, with Envoy's flag for it.
     fn refuse(mut self, status: StatusCode, body: Bytes, flags: &'static str) -> Response<ResponseBody> {
-        self.entry.flags = flags;
+        self.entry.flags = flags::join(self.entry.flags, flags);
         self.reply(status, body, None)
     }
 

@@ -1,6 +1,11 @@
 //! HTTP connections to endpoints: kept open, reused, and replaced once when a kept one turns out to be closed.
 
-use std::{cell::RefCell, rc::Rc, time::Instant};
+use std::{
+    cell::RefCell,
+    future::Future,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use ::http::{Request, Response};
 use hyper::{
@@ -13,6 +18,7 @@ use super::{Active, Cluster, Endpoint, IDLE, cluster::Address, connect::ConnectE
 use crate::{
     body::RequestBody,
     exec::{self, LocalExec},
+    replay::Held,
 };
 
 /// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
@@ -70,6 +76,9 @@ pub enum SendError {
     /// No connection; the request was not sent and may go elsewhere.
     #[error("{0}")]
     Connect(#[source] ConnectError, Option<Address>, Box<Request<RequestBody>>),
+    /// There was no response in time.
+    #[error("upstream request timeout")]
+    Timeout(Address),
     /// The connection ended before the response's headers, or what came was not HTTP.
     #[error("{error}")]
     Reset {
@@ -78,6 +87,37 @@ pub enum SendError {
         /// Who was asked.
         address: Address,
     },
+}
+
+/// The time for a response's head, from the end of the request's body on.
+pub type Limit = (Duration, Option<Rc<Held>>);
+
+async fn in_time<T>(limit: Option<&Limit>, sending: impl Future<Output = T>) -> Option<T> {
+    let Some((time, body)) = limit else { return Some(sending.await) };
+    let over = async {
+        if let Some(body) = body {
+            body.ended().await;
+        }
+        tokio::time::sleep(*time).await;
+    };
+    tokio::select! {
+        biased;
+        sent = sending => Some(sent),
+        () = over => None,
+    }
+}
+
+/// Whether the server said that it has done nothing about the request.
+#[must_use]
+pub fn is_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        if let Some(h2) = error.downcast_ref::<h2::Error>() {
+            return h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+        }
+        source = error.source();
+    }
+    false
 }
 
 /// Sends the request over a kept or a new connection.
@@ -89,6 +129,7 @@ pub async fn send(
     endpoint: &Rc<Endpoint>,
     mut request: Request<RequestBody>,
     http2: bool,
+    limit: Option<Limit>,
 ) -> Result<(Response<Incoming>, Lease), SendError> {
     let active = endpoint.begin();
     loop {
@@ -96,9 +137,19 @@ pub async fn send(
             Ok(found) => found,
             Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
         };
-        let sent = match &mut sender {
-            Sender::Http1(sender) => sender.try_send_request(request).await,
-            Sender::Http2(sender) => sender.try_send_request(request).await,
+        let sent = match (&mut sender, &limit) {
+            (Sender::Http1(sender), None) => sender.try_send_request(request).await,
+            (Sender::Http2(sender), None) => sender.try_send_request(request).await,
+            (sender, limit) => {
+                let sending = async {
+                    match sender {
+                        Sender::Http1(sender) => sender.try_send_request(request).await,
+                        Sender::Http2(sender) => sender.try_send_request(request).await,
+                    }
+                };
+                let sent = Box::pin(in_time(limit.as_ref(), sending)).await;
+                sent.ok_or_else(|| SendError::Timeout(address.clone()))?
+            }
         };
         match sent {
             Ok(response) => {
