@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 
 use crate::controller_tls::ControllerTls;
 
-use crate::{access_log, logging};
+use crate::{access_log, listener::server::HttpLimits, logging};
 
 /// A small proxy that sends each connection and request where Istio's ServiceEntry resources say.
 #[derive(Debug, Clone, Parser)]
@@ -105,6 +105,9 @@ pub struct Args {
     /// what the limit of open files suffices for (the soft limit is raised to the hard one)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = OPERATION)]
     pub max_connections: Option<u32>,
+    /// Limits of HTTP
+    #[command(flatten)]
+    pub http: HttpArgs,
     /// How long connections get to end after SIGTERM; HTTP clients are told at once (`connection: close`, GOAWAY)
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration, help_heading = OPERATION)]
     pub drain_time: Duration,
@@ -118,6 +121,36 @@ pub struct Args {
     /// admin port changes it at run time
     #[arg(long, default_value = "info", help_heading = OPERATION)]
     pub log_level: String,
+}
+
+/// What clients may ask over HTTP; also of `proxy-host filter`.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Limits of HTTP (the defaults are Envoy's)")]
+pub struct HttpArgs {
+    /// Most headers of a request; one more is answered with 431
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_headers: u16,
+    /// Most KiB of a request's headers; more are answered with 431
+    #[arg(long, value_name = "KIB", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub max_header_kib: u32,
+    /// Most requests at a time on one HTTP/2 connection
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_streams: u32,
+    /// How long a client may take from the first byte of a request to the end of its headers, as 10s; after that it is
+    /// answered with 408 (HTTP/1.1) or left with a GOAWAY (HTTP/2). 0s: as long as it likes
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub request_headers_timeout: Duration,
+}
+
+impl From<HttpArgs> for HttpLimits {
+    fn from(args: HttpArgs) -> Self {
+        Self {
+            header_bytes: args.max_header_kib * 1024,
+            headers: args.max_headers.into(),
+            streams: args.max_streams,
+            header_time: args.request_headers_timeout,
+        }
+    }
 }
 
 const CONFIGURATION: &str = "Configuration (one of --config and --controller)";
@@ -181,6 +214,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Who the proxy stands for.
     pub identity: Identity,
+    /// What clients may ask over HTTP.
+    pub http: HttpLimits,
     /// Most client connections at a time.
     pub max_connections: usize,
     /// Name servers to ask in place of those in `resolv.conf`.
@@ -219,6 +254,7 @@ impl Config {
             transparent: None,
             http_proxies: Vec::new(),
             admin: None,
+            http: HttpLimits::default(),
             max_connections: usize::MAX,
             name_servers: Vec::new(),
             identity: Identity {
@@ -251,6 +287,7 @@ impl From<Args> for Config {
         config.admin = args.admin;
         config.name_servers = args.name_server;
         config.drain = args.drain_time;
+        config.http = args.http.into();
         if let Some(most) = args.max_connections {
             config.max_connections = usize::try_from(most).unwrap_or(usize::MAX);
         }

@@ -7,15 +7,14 @@
 //! Headers that are paused hold everything behind them back. A body that is paused is collected, up to [`pump::LIMIT`], and
 //! shown as a whole each time more of it comes. Once response headers have left, a local response is a reset.
 
-use std::{rc::Rc, time::Duration};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
-    header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE},
 };
 use hyper::{body::Incoming, service::service_fn};
-use hyper_util::rt::TokioIo;
 use tokio::sync::watch;
 
 use super::{
@@ -27,9 +26,13 @@ use super::{
     pump::{self, Pump, note_grpc},
 };
 use crate::{
-    exec::LocalExec,
     headers,
-    listener::{http::target, rewind::Rewind},
+    listener::{
+        guard::{self, Control},
+        http::target,
+        rewind::Rewind,
+        server::{self, HttpLimits},
+    },
     vm::{LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
 };
 
@@ -43,31 +46,29 @@ pub struct Reset;
 
 /// Serves the requests of one connection.
 pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, http2: bool) {
-    let mut stop = proxy.stop.clone();
-    let service = service_fn(move |request| handle(proxy.clone(), connection, request));
-    let io = TokioIo::new(client);
-    // How a connection ends is told by its requests.
-    if http2 {
-        let serving = hyper::server::conn::http2::Builder::new(LocalExec).serve_connection(io, service);
-        let mut serving = std::pin::pin!(serving);
-        tokio::select! {
-            _ = serving.as_mut() => {}
-            _ = stop.wait_for(|stop| *stop) => {
-                serving.as_mut().graceful_shutdown();
-                let _ = serving.await;
+    let (stop, limits) = (proxy.stop.clone(), proxy.limits);
+    let control = Arc::new(Control::default());
+    let guarded = control.clone();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (proxy, control) = (proxy.clone(), guarded.clone());
+        async move {
+            let held = request.version() != Version::HTTP_2
+                && (request.method() == Method::CONNECT || headers::upgrade(request.headers()).is_some());
+            let refused = guard::refused(&request).is_some();
+            let mut answered = handle(proxy, connection, request).await;
+            if held {
+                control.answered(false);
             }
-        }
-    } else {
-        let serving = hyper::server::conn::http1::Builder::new().serve_connection(io, service);
-        let mut serving = std::pin::pin!(serving);
-        tokio::select! {
-            _ = serving.as_mut() => {}
-            _ = stop.wait_for(|stop| *stop) => {
-                serving.as_mut().graceful_shutdown();
-                let _ = serving.await;
+            // A client that took its upgrade for granted must not have its next bytes taken for a request.
+            if let Ok(response) = &mut answered
+                && (held || refused)
+            {
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
+            answered
         }
-    }
+    });
+    server::serve(client, http2, limits, stop, control, service).await;
 }
 
 /// What does not change during a request.
@@ -92,12 +93,15 @@ async fn handle(proxy: Rc<Proxy>, connection: Connection, request: Request<Incom
         is_head: *request.method() == Method::HEAD,
         proxy,
     };
-    let (head, body) = match read(request) {
+    let of_codec = guard::refused(&request).is_some();
+    let (head, body) = match read(request, exchange.proxy.limits) {
         Ok(read) => read,
         Err((status, details)) => {
-            exchange.info.details.replace(details.to_owned());
-            let head = exchange.local_head(status, HeaderMap::new(), None, &Bytes::new());
-            return Ok(exchange.send_whole(head, Bytes::new()));
+            let text = if of_codec { guard::refusal_text(status) } else { "" };
+            let text = Bytes::from_static(text.as_bytes());
+            exchange.info.details.replace(details);
+            let head = exchange.local_head(status, HeaderMap::new(), None, &text);
+            return Ok(exchange.send_whole(head, text));
         }
     };
     let Ok(stream) = exchange.proxy.host.http(exchange.info.clone()) else {
@@ -107,7 +111,10 @@ async fn handle(proxy: Rc<Proxy>, connection: Connection, request: Request<Incom
 }
 
 /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
-fn read(request: Request<Incoming>) -> Result<(RequestHead, Incoming), (StatusCode, &'static str)> {
+fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, Incoming), (StatusCode, String)> {
+    if let Some(refused) = guard::refused(&request) {
+        return Err(refused);
+    }
     let (mut parts, body) = request.into_parts();
     let host = parts.headers.remove(HOST);
     let authority = match parts.uri.authority() {
@@ -116,15 +123,18 @@ fn read(request: Request<Incoming>) -> Result<(RequestHead, Incoming), (StatusCo
         None => host,
     };
     if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) {
-        return Err((StatusCode::UPGRADE_REQUIRED, "low_version"));
+        return Err((StatusCode::UPGRADE_REQUIRED, "low_version".into()));
     }
     if !headers::is_method(&parts.method) {
-        return Err((StatusCode::BAD_REQUEST, "http1.codec_error"));
+        return Err((StatusCode::BAD_REQUEST, "http1.codec_error".into()));
     }
-    let Some(authority) = authority else { return Err((StatusCode::BAD_REQUEST, "missing_host_header")) };
+    if parts.headers.len() > limits.headers {
+        return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http2.too_many_headers".into()));
+    }
+    let Some(authority) = authority else { return Err((StatusCode::BAD_REQUEST, "missing_host_header".into())) };
     if parts.method == Method::CONNECT || parts.headers.contains_key(UPGRADE) {
         // As Envoy without `upgrade_configs`.
-        return Err((StatusCode::FORBIDDEN, "upgrade_failed"));
+        return Err((StatusCode::FORBIDDEN, "upgrade_failed".into()));
     }
     headers::prepare(&mut parts.headers);
     // hyper answers it when the body is wanted.

@@ -39,7 +39,7 @@ use tokio::{
 
 use crate::{
     exec,
-    listener::{self, plan::Inspection, sniff::Sniffed},
+    listener::{self, server::HttpLimits},
     vm::{Engine, EngineError, Limits, LogLevel, PluginConfig, PluginKind, Shared, StartError, VmConfig},
 };
 use attributes::{Connection, UPSTREAM_CLUSTER};
@@ -75,6 +75,8 @@ pub struct Settings {
     pub upstream: Address,
     /// What the filter may call, by name.
     pub clusters: Vec<(String, Address)>,
+    /// What clients may ask over HTTP.
+    pub http: HttpLimits,
     /// Least level of the filter's log.
     pub log_level: LogLevel,
     /// Threads, each with a VM of its own.
@@ -114,6 +116,8 @@ pub struct Proxy {
     pub upstream: Rc<Cluster>,
     /// All clusters by name, the upstream among them.
     pub clusters: Rc<Clusters>,
+    /// What clients may ask over HTTP.
+    pub limits: HttpLimits,
     /// Turns true when the process is to end.
     pub stop: watch::Receiver<bool>,
 }
@@ -235,7 +239,7 @@ impl Work {
         let host = Host::start(engine, config, Rc::new(Outside::new(clusters.clone(), settings.log_level)))?;
         let address = settings.listen;
         let listener = listener::listen(socket).map_err(|error| RunError::Bind { address, error })?;
-        let proxy = Rc::new(Proxy { host, upstream, clusters, stop: stop.clone() });
+        let proxy = Rc::new(Proxy { host, upstream, clusters, limits: settings.http, stop: stop.clone() });
         // Whoever started us may have given up.
         let _ = report.send(Ok(()));
         accept(proxy.clone(), listener, settings.network, index).await;
@@ -280,7 +284,7 @@ async fn connection(proxy: Rc<Proxy>, connection: Connection, stream: TcpStream,
         tcp::serve(proxy, connection, stream).await;
         return;
     }
-    let inspection = Inspection { tls: false, http: true };
-    let Some((sniffed, client)) = listener::inspect(proxy.stop.clone(), stream, inspection).await else { return };
-    http::serve(proxy, connection, client, sniffed == Sniffed::Http2).await;
+    let time = proxy.limits.header_time;
+    let Some((http2, client)) = listener::version(proxy.stop.clone(), stream, time).await else { return };
+    http::serve(proxy, connection, client, http2).await;
 }

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     any_filter::{RunError, Running, Settings, client::Address},
+    config::HttpArgs,
     logging, vm,
 };
 
@@ -72,6 +73,9 @@ pub struct Args {
     /// Threads, each with an instance of the filter; they share data and queues
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: u16,
+    /// Limits of HTTP
+    #[command(flatten)]
+    pub http: HttpArgs,
 }
 
 /// Levels of proxy-wasm.
@@ -157,6 +161,7 @@ impl Args {
             network: self.network,
             listen: self.listen,
             upstream: self.upstream,
+            http: self.http.into(),
             clusters: self.clusters,
             log_level: self.log_level.of_vm(),
             threads: self.threads.into(),

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use ::http::{Request, StatusCode, Version};
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -23,11 +24,31 @@ use tokio::{
 
 use super::{
     rewind::Rewind,
-    strict::{Refusal, Strict, Verdict},
+    server::HttpLimits,
+    strict::{LATE, Refusal, Strict, Verdict},
 };
 
 /// Method of the request that stands for a refused one; [`super::strict`] lets no other method through than it knows.
 pub const REFUSED: &str = "PORTOLAN-REFUSED";
+/// What a request that stands for a refused one says: status and details.
+#[must_use]
+pub fn refused<B>(request: &Request<B>) -> Option<(StatusCode, String)> {
+    if request.version() == Version::HTTP_2 || request.method().as_str() != REFUSED {
+        return None;
+    }
+    let (status, details) = request.uri().path().get(1..).and_then(|said| said.split_once('/')).unwrap_or_default();
+    Some((StatusCode::from_bytes(status.as_bytes()).unwrap_or(StatusCode::BAD_REQUEST), details.to_owned()))
+}
+
+/// The body of Envoy's answer to a refused request.
+#[must_use]
+pub fn refusal_text(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::REQUEST_TIMEOUT => "request header timeout",
+        status => status.canonical_reason().unwrap_or_default(),
+    }
+}
+
 /// How long a refused client's bytes are read and dropped, so that it gets the answer and no reset (Envoy's
 /// `delayed_close_timeout`).
 const LINGER: Duration = Duration::from_secs(1);
@@ -76,21 +97,26 @@ pub struct Guard {
     refused: bool,
     /// Still to be told to hyper, after what came before it.
     broken: Option<Refusal>,
+    header_time: Duration,
+    /// Runs while the head of a request is under way.
+    deadline: Option<Pin<Box<Sleep>>>,
     linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl Guard {
     /// Guards a connection.
     #[must_use]
-    pub fn new(inner: Rewind, control: Arc<Control>) -> Self {
+    pub fn new(inner: Rewind, control: Arc<Control>, limits: HttpLimits) -> Self {
         Self {
             inner,
-            strict: Strict::default(),
+            strict: Strict::new(limits),
             control,
             ready: Bytes::new(),
             held: BytesMut::new(),
             refused: false,
             broken: None,
+            header_time: limits.header_time,
+            deadline: None,
             linger: None,
         }
     }
@@ -156,6 +182,16 @@ impl Guard {
         }
     }
 
+    /// Whether the head under way takes too long.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.header_time.is_zero() || !self.strict.in_head() {
+            self.deadline = None;
+            return false;
+        }
+        let time = self.header_time;
+        self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(time))).as_mut().poll(cx).is_ready()
+    }
+
     fn poll_into_scratch(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut into = ReadBuf::new(scratch);
@@ -208,7 +244,13 @@ impl AsyncRead for Guard {
             this.strict.passed((buf.filled().len() - before) as u64);
             return Poll::Ready(Ok(()));
         }
-        this.poll_into_scratch(cx, buf)
+        let read = this.poll_into_scratch(cx, buf);
+        if read.is_pending() && this.is_late(cx) {
+            this.held = BytesMut::new();
+            this.end(Verdict::Refuse(0, LATE), buf);
+            return Poll::Ready(Ok(()));
+        }
+        read
     }
 }
 

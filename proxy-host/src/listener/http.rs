@@ -15,14 +15,15 @@ use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 
 use super::{
-    guard::{Control, Guard, REFUSED},
+    guard::{self, Control},
     rewind::Rewind,
+    server::{self, HttpLimits},
     strict::Refusal,
 };
 use crate::{
     access_log::Entry,
     body::ResponseBody,
-    exec::{self, LocalExec},
+    exec,
     filter::{Connection, HttpVerdict, Stream},
     flags,
     headers::{self, authority_parts},
@@ -38,16 +39,10 @@ const CLUSTER: HeaderName = HeaderName::from_static("x-portolan-cluster");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
-/// Bytes of the headers of an HTTP/2 request (Envoy's `max_request_headers_kb`).
-const HEADER_LIST: u32 = 60 * 1024;
-/// Headers of a request (Envoy's `max_headers_count`).
-const HEADERS: usize = 100;
-/// Streams of an HTTP/2 connection at a time (Envoy's default).
-const STREAMS: u32 = 1024;
-
 /// Serves the requests of one connection.
 pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool) {
-    let mut stop = worker.stop.clone();
+    let stop = worker.stop.clone();
+    let limits = worker.config.http;
     let control = Arc::new(Control::default());
     let guarded = control.clone();
     let service = service_fn(move |request| {
@@ -55,39 +50,7 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
         // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
         Box::pin(async move { handle(&worker, &connection, &control, request).await })
     });
-    // How a connection ends is told by its requests.
-    if http2 {
-        let serving = http2_server().serve_connection(TokioIo::new(client), service);
-        let mut serving = std::pin::pin!(serving);
-        tokio::select! {
-            _ = serving.as_mut() => {}
-            stopped = stop.wait_for(|stop| *stop) => {
-                // A guard, which would keep others from saying the same again.
-                drop(stopped);
-                serving.as_mut().graceful_shutdown();
-                let _ = serving.await;
-            }
-        }
-    } else {
-        let io = TokioIo::new(Guard::new(client, control));
-        let serving = hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades();
-        let mut serving = std::pin::pin!(serving);
-        tokio::select! {
-            _ = serving.as_mut() => {}
-            stopped = stop.wait_for(|stop| *stop) => {
-                // A guard, which would keep others from saying the same again.
-                drop(stopped);
-                serving.as_mut().graceful_shutdown();
-                let _ = serving.await;
-            }
-        }
-    }
-}
-
-fn http2_server() -> hyper::server::conn::http2::Builder<LocalExec> {
-    let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
-    builder.max_header_list_size(HEADER_LIST).max_concurrent_streams(STREAMS);
-    builder
+    server::serve(client, http2, limits, stop, control, service).await;
 }
 
 /// A reset of the stream, said to hyper.
@@ -129,7 +92,7 @@ async fn answer(
         received: Rc::default(),
         grpc: headers::is_grpc(request.headers()),
     };
-    let (head, request) = match exchange.read(request, worker.log.is_on()) {
+    let (head, request) = match exchange.read(request, worker.config.http, worker.log.is_on()) {
         Ok(read) => read,
         Err((status, flags)) => return Ok(exchange.refuse_text(status, flags)),
     };
@@ -201,15 +164,19 @@ struct Exchange {
 
 impl Exchange {
     /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
-    fn read(&mut self, request: Request<Incoming>, logged: bool) -> Result<(RequestHead, Request<Incoming>), Refused> {
+    fn read(
+        &mut self,
+        request: Request<Incoming>,
+        limits: HttpLimits,
+        logged: bool,
+    ) -> Result<(RequestHead, Request<Incoming>), Refused> {
+        if let Some((status, details)) = guard::refused(&request) {
+            self.entry.request = Some(("-".into(), "-".into(), "HTTP/1.1"));
+            self.entry.reason = Some(details);
+            return Err((status, if status == StatusCode::REQUEST_TIMEOUT { "" } else { "DPE" }));
+        }
         let (mut parts, body) = request.into_parts();
         let http2 = parts.version == Version::HTTP_2;
-        if !http2 && parts.method.as_str() == REFUSED {
-            self.entry.request = Some(("-".into(), "-".into(), "HTTP/1.1"));
-            let (status, details) = parts.uri.path().get(1..).and_then(|said| said.split_once('/')).unwrap_or_default();
-            self.entry.reason = Some(details.to_owned());
-            return Err((StatusCode::from_bytes(status.as_bytes()).unwrap_or(StatusCode::BAD_REQUEST), "DPE"));
-        }
         let host = parts.headers.remove(HOST);
         let authority = match parts.uri.authority() {
             // The target's authority wins over Host (RFC 9112, 3.2.2).
@@ -223,7 +190,7 @@ impl Exchange {
         let shown = |value: Option<&HeaderValue>| value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
         let refused = if !headers::is_method(&parts.method) {
             Some((StatusCode::BAD_REQUEST, "DPE", "http1.codec_error"))
-        } else if parts.headers.len() > HEADERS {
+        } else if parts.headers.len() > limits.headers {
             Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "DPE", "http2.too_many_headers"))
         } else if authority.is_none() {
             Some((StatusCode::BAD_REQUEST, "", "missing_host_header"))
@@ -369,7 +336,8 @@ impl Exchange {
 
     /// The same with the status's name as its body, as Envoy's codec answers; its connection ends.
     fn refuse_text(self, status: StatusCode, flags: &'static str) -> Response<ResponseBody> {
-        let text = if flags == "DPE" { status.canonical_reason().unwrap_or_default() } else { "" };
+        let said = flags == "DPE" || status == StatusCode::REQUEST_TIMEOUT;
+        let text = if said { guard::refusal_text(status) } else { "" };
         let mut response = self.refuse(status, Bytes::from_static(text.as_bytes()), flags);
         // hyper leaves it out of HTTP/2.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

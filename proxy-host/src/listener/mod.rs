@@ -1,9 +1,12 @@
 //! The ways in: connections that were redirected to us, and requests to the HTTP proxy.
 
+pub mod calm;
+pub mod frames;
 pub mod guard;
 pub mod http;
 pub mod plan;
 pub mod rewind;
+pub mod server;
 pub mod sniff;
 pub mod strict;
 pub mod tcp;
@@ -17,6 +20,7 @@ use tokio::{
     io::AsyncReadExt as _,
     net::{TcpListener, TcpStream},
     sync::watch,
+    time::Sleep,
 };
 
 use crate::{
@@ -154,7 +158,8 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     };
     let entry = worker.plans().entry(destination);
     let mut connection = worker.connection(source, destination, true);
-    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, entry.inspection).await else { return };
+    let time = worker.config.http.header_time;
+    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, entry.inspection, time).await else { return };
     match sniffed {
         Sniffed::Http1 | Sniffed::Http2 if !entry.tcp => {
             http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2).await;
@@ -170,12 +175,10 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
 async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     let Ok(own) = stream.local_addr() else { return };
     let connection = Rc::new(worker.connection(source, canonical(own), false));
-    // Whatever it is, it is HTTP; only its version is open.
-    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, Inspection { tls: false, http: true }).await
-    else {
+    let Some((http2, client)) = version(worker.stop.clone(), stream, worker.config.http.header_time).await else {
         return;
     };
-    http::serve(worker, connection, client, sniffed == Sniffed::Http2).await;
+    http::serve(worker, connection, client, http2).await;
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {
@@ -183,27 +186,69 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 /// Reads as many bytes as the inspection needs, without any where it needs none. As under Istio there is no limit of
-/// time: a client that says nothing is waited for, unless the process is to end. `None`: the client has gone, or is
-/// not waited for any more.
-pub(crate) async fn inspect(
-    mut stop: watch::Receiver<bool>,
+/// time: a client that says nothing is waited for, unless the process is to end; but where heads have one (`time`), what
+/// took longer is neither TLS nor HTTP. `None`: the client has gone, or is not waited for any more.
+async fn inspect(
+    stop: watch::Receiver<bool>,
     mut stream: TcpStream,
     inspection: Inspection,
+    time: Duration,
 ) -> Option<(Sniffed, Rewind)> {
     let mut read = BytesMut::new();
+    let sniffed = read_until(stop, &mut stream, &mut read, time, |read| match sniff::sniff(read, inspection) {
+        Sniffed::NeedMore => None,
+        sniffed => Some(sniffed),
+    });
+    let sniffed = sniffed.await?.unwrap_or(Sniffed::Tcp);
+    Some((sniffed, Rewind::new(read.freeze(), stream)))
+}
+
+/// Whether a client that is known to speak HTTP speaks HTTP/2. `None`: as for [`inspect`].
+pub(crate) async fn version(
+    stop: watch::Receiver<bool>,
+    mut stream: TcpStream,
+    time: Duration,
+) -> Option<(bool, Rewind)> {
+    let mut read = BytesMut::new();
+    let http2 = read_until(stop, &mut stream, &mut read, time, |read| match read.len() {
+        0 => None,
+        length if length < sniff::H2_PREFACE.len() && sniff::H2_PREFACE.starts_with(read) => None,
+        _ => Some(read.starts_with(sniff::H2_PREFACE)),
+    });
+    let http2 = http2.await?.unwrap_or(false);
+    Some((http2, Rewind::new(read.freeze(), stream)))
+}
+
+/// Reads until something is found, which is `None` where that takes too long after the first byte.
+async fn read_until<T>(
+    mut stop: watch::Receiver<bool>,
+    stream: &mut TcpStream,
+    read: &mut BytesMut,
+    time: Duration,
+    find: impl Fn(&[u8]) -> Option<T>,
+) -> Option<Option<T>> {
+    let mut deadline = std::pin::pin!(None::<Sleep>);
     loop {
-        match sniff::sniff(&read, inspection) {
-            Sniffed::NeedMore => {
-                let silent = read.is_empty();
-                tokio::select! {
-                    biased;
-                    n = stream.read_buf(&mut read) => if n.ok()? == 0 {
-                        return None;
-                    },
-                    _ = stop.wait_for(|stop| *stop), if silent => return None,
-                }
+        if let Some(found) = find(read) {
+            return Some(Some(found));
+        }
+        let silent = read.is_empty();
+        if !silent && !time.is_zero() && deadline.is_none() {
+            deadline.set(Some(tokio::time::sleep(time)));
+        }
+        let late = async {
+            match deadline.as_mut().as_pin_mut() {
+                Some(deadline) => deadline.await,
+                None => std::future::pending().await,
             }
-            sniffed => return Some((sniffed, Rewind::new(read.freeze(), stream))),
+        };
+        tokio::select! {
+            biased;
+            n = stream.read_buf(read) => if n.ok()? == 0 {
+                return None;
+            },
+            () = late => return Some(None),
+            _ = stop.wait_for(|stop| *stop), if silent => return None,
         }
     }
 }

@@ -8,12 +8,8 @@
 
 use memchr::{memchr, memrchr};
 
+use super::server::HttpLimits;
 use crate::headers;
-
-/// Bytes of a head, and of a chunk's size line or a trailer (Envoy's `max_request_headers_kb`).
-const HEAD: usize = 60 * 1024;
-/// Headers of a request, and trailers (Envoy's `max_headers_count`).
-const COUNT: usize = 100;
 
 /// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +34,8 @@ const ENCODING: Refusal = refusal(501, "http1.invalid_transfer_encoding");
 const TOO_MANY: Refusal = refusal(431, "http1.too_many_headers");
 const TOO_LARGE: Refusal = refusal(431, "http1.headers_too_large");
 const VERSION: Refusal = refusal(426, "low_version");
+/// A head took too long.
+pub const LATE: Refusal = refusal(408, "request_header_timeout");
 const EARLY: Refusal = refusal(400, "http1.bytes_before_upgrade");
 
 /// How far bytes may go.
@@ -87,25 +85,34 @@ struct Head {
 /// The judge of one connection.
 #[derive(Debug)]
 pub struct Strict {
+    most: Most,
     state: State,
     /// The request under way asks for an upgrade.
     upgrade: bool,
 }
 
-impl Default for Strict {
-    fn default() -> Self {
-        Self { state: State::Head(Head::default()), upgrade: false }
-    }
+/// Limits of a head.
+#[derive(Debug, Clone, Copy)]
+struct Most {
+    bytes: usize,
+    count: usize,
 }
 
 impl Strict {
+    /// For a new connection.
+    #[must_use]
+    pub fn new(limits: HttpLimits) -> Self {
+        let most = Most { bytes: limits.header_bytes as usize, count: limits.headers };
+        Self { most, state: State::Head(Head::default()), upgrade: false }
+    }
+
     /// Judges bytes: those that [`Verdict::Pass`] did not let through before, and what came after them.
     pub fn judge(&mut self, bytes: &[u8]) -> Verdict {
         let mut at = 0;
         loop {
             let rest = &bytes[at..];
             let (used, next) = match self.state {
-                State::Head(mut head) => match head.read(rest) {
+                State::Head(mut head) => match head.read(rest, self.most) {
                     Ok(Some(end)) => {
                         self.upgrade = head.connect || head.upgrade && head.connection_upgrade;
                         let next = match head.length {
@@ -137,7 +144,7 @@ impl Strict {
                     [] | [b'\r'] => return Verdict::Pass(at),
                     _ => return Verdict::Broken(at, CODEC),
                 },
-                State::Size => match line(rest) {
+                State::Size => match line(rest, self.most.bytes) {
                     Ok(Some((text, end))) => match chunk_size(text) {
                         Some(0) => (end, State::Trailers(0)),
                         Some(size) => (end, State::Data(size)),
@@ -146,10 +153,10 @@ impl Strict {
                     Ok(None) => return Verdict::Pass(at),
                     Err(refusal) => return Verdict::Broken(at, refusal),
                 },
-                State::Trailers(count) => match line(rest) {
+                State::Trailers(count) => match line(rest, self.most.bytes) {
                     Ok(Some(([], end))) => (end, self.after()),
                     Ok(Some((text, end))) => match header(text) {
-                        _ if count == COUNT => return Verdict::Broken(at, TOO_MANY),
+                        _ if count == self.most.count => return Verdict::Broken(at, TOO_MANY),
                         Ok((name, _)) if is_framing(name) => return Verdict::Broken(at, CODEC),
                         Ok(_) => (end, State::Trailers(count + 1)),
                         Err(refusal) => return Verdict::Broken(at, refusal),
@@ -192,6 +199,12 @@ impl Strict {
         };
     }
 
+    /// Whether a request has been begun, and its head has not ended.
+    #[must_use]
+    pub fn in_head(&self) -> bool {
+        matches!(self.state, State::Head(head) if head.scanned > 0)
+    }
+
     /// Whether a request for an upgrade waits for its answer.
     #[must_use]
     pub fn is_held(&self) -> bool {
@@ -215,9 +228,9 @@ fn take(length: u64, bytes: &[u8]) -> (usize, u64) {
 }
 
 /// One line without its end, and where the next one begins.
-fn line(bytes: &[u8]) -> Result<Option<(&[u8], usize)>, Refusal> {
+fn line(bytes: &[u8], most: usize) -> Result<Option<(&[u8], usize)>, Refusal> {
     let Some(lf) = memchr(b'\n', bytes) else {
-        return if bytes.len() > HEAD { Err(TOO_LARGE) } else { Ok(None) };
+        return if bytes.len() > most { Err(TOO_LARGE) } else { Ok(None) };
     };
     match bytes[..lf].split_last() {
         Some((b'\r', text)) if memchr(b'\r', text).is_none() => Ok(Some((text, lf + 1))),
@@ -273,10 +286,10 @@ fn is_authority(text: &[u8]) -> bool {
 
 impl Head {
     /// Reads on in a head that begins where `bytes` do; gives its end.
-    fn read(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
+    fn read(&mut self, bytes: &[u8], most: Most) -> Result<Option<usize>, Refusal> {
         while let Some(found) = memchr(b'\n', &bytes[self.scanned..]) {
             let lf = self.scanned + found;
-            if lf > HEAD {
+            if lf > most.bytes {
                 return Err(TOO_LARGE);
             }
             let text = match bytes[self.line..lf].split_last() {
@@ -289,11 +302,11 @@ impl Head {
                 (false, []) => {}
                 (false, text) => self.request_line(text)?,
                 (true, []) => return self.end(lf + 1).map(Some),
-                (true, text) => self.header(text)?,
+                (true, text) => self.header(text, most.count)?,
             }
         }
         self.scanned = bytes.len();
-        if bytes.len() > HEAD { Err(TOO_LARGE) } else { Ok(None) }
+        if bytes.len() > most.bytes { Err(TOO_LARGE) } else { Ok(None) }
     }
 
     fn request_line(&mut self, text: &[u8]) -> Result<(), Refusal> {
@@ -331,9 +344,9 @@ impl Head {
         }
     }
 
-    fn header(&mut self, text: &[u8]) -> Result<(), Refusal> {
+    fn header(&mut self, text: &[u8], most: usize) -> Result<(), Refusal> {
         self.count += 1;
-        if self.count > COUNT {
+        if self.count > most {
             return Err(TOO_MANY);
         }
         let (name, value) = header(text)?;
@@ -399,9 +412,13 @@ fn absolute(target: &[u8]) -> Result<(), Refusal> {
 mod tests {
     use super::*;
 
+    fn fresh() -> Strict {
+        Strict::new(HttpLimits::default())
+    }
+
     /// Shows bytes in pieces, as a connection would.
     fn pieces(bytes: &[u8], size: usize) -> (usize, Option<Verdict>) {
-        let mut strict = Strict::default();
+        let mut strict = fresh();
         let (mut passed, mut shown) = (0, 0);
         while shown < bytes.len() {
             shown = (shown + size).min(bytes.len());
@@ -438,7 +455,7 @@ mod tests {
 
     #[test]
     fn a_request_passes_only_when_its_head_is_whole() {
-        let mut strict = Strict::default();
+        let mut strict = fresh();
         let head = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
         assert_eq!(strict.judge(&head[..20]), Verdict::Pass(0));
         assert_eq!(strict.judge(head), Verdict::Pass(head.len()));
@@ -446,9 +463,9 @@ mod tests {
 
     #[test]
     fn a_head_without_an_end_is_refused_when_it_is_too_large() {
-        let mut strict = Strict::default();
+        let mut strict = fresh();
         let mut head = b"GET / HTTP/1.1\r\nx: ".to_vec();
-        head.resize(HEAD, b'a');
+        head.resize(60 * 1024, b'a');
         assert_eq!(strict.judge(&head), Verdict::Pass(0));
         head.extend(b"aa");
         assert_eq!(strict.judge(&head), Verdict::Refuse(0, TOO_LARGE));
@@ -457,15 +474,15 @@ mod tests {
     #[test]
     fn an_upgrade_holds_what_follows_until_it_is_answered() {
         let head = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
-        let mut strict = Strict::default();
+        let mut strict = fresh();
         assert_eq!(strict.judge(head), Verdict::Pass(head.len()));
         assert!(strict.is_held());
         strict.answered(true);
         assert_eq!(strict.judge(b"\0\x01"), Verdict::Pass(2));
 
-        let mut strict = Strict::default();
+        let mut strict = fresh();
         assert_eq!(strict.judge(head), Verdict::Pass(head.len()));
         assert_eq!(strict.judge(b"x"), Verdict::Broken(0, EARLY));
-        assert_eq!(Strict::default().judge(&[&head[..], b"x"].concat()), Verdict::Refuse(0, EARLY));
+        assert_eq!(fresh().judge(&[&head[..], b"x"].concat()), Verdict::Refuse(0, EARLY));
     }
 }
