@@ -304,6 +304,7 @@ fn with_addresses(spec: &Spec<Target>, resolved: &[Vec<Address>]) -> Resolved {
         policy: spec.policy,
         weighted_localities: spec.weighted_localities,
         protocol: spec.protocol,
+        options: spec.options.clone(),
         dns: spec.dns,
     }
 }
@@ -325,6 +326,7 @@ mod tests {
             policy: Policy::Random,
             weighted_localities: false,
             protocol: Protocol::Http1,
+            options: crate::upstream::options::Options::default(),
             dns: Some(Dns {
                 logical,
                 family: Family::V4,

@@ -228,40 +228,41 @@ async fn attempts(
             policy.announce(request.headers_mut(), entry.elapsed());
         }
         let limit = policy.per_try.map(|time| (time, source.body().cloned()));
-        let (failure, again): (_, bool) = match http::send(cluster, &endpoint, request, http2, limit).await {
-            Ok((response, lease)) => {
-                entry.upstream = Some(lease.address.to_string());
-                if !policy.rejects(&response) {
-                    return Ok((response, lease));
+        let (failure, again): (_, bool) =
+            match http::send(cluster, &endpoint, request, http2, cluster.host_of(wanted), limit).await {
+                Ok((response, lease)) => {
+                    entry.upstream = Some(lease.address.to_string());
+                    if !policy.rejects(&response) {
+                        return Ok((response, lease));
+                    }
+                    if !may_retry(&mut policy, &source, tries) {
+                        entry.flags = flags::join(entry.flags, tries.flag);
+                        return Ok((response, lease));
+                    }
+                    (None, true)
                 }
-                if !may_retry(&mut policy, &source, tries) {
-                    entry.flags = flags::join(entry.flags, tries.flag);
-                    return Ok((response, lease));
+                Err(SendError::Reset { error, address }) => {
+                    entry.upstream = Some(address.to_string());
+                    let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
+                    let again = policy.retries_after(ended, true) && may_retry(&mut policy, &source, tries);
+                    (Some(Failure::Reset(error, *tries)), again)
                 }
-                (None, true)
-            }
-            Err(SendError::Reset { error, address }) => {
-                entry.upstream = Some(address.to_string());
-                let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
-                let again = policy.retries_after(ended, true) && may_retry(&mut policy, &source, tries);
-                (Some(Failure::Reset(error, *tries)), again)
-            }
-            Err(SendError::Timeout(address)) => {
-                entry.upstream = Some(address.to_string());
-                stats::here(|stats| stats.upstream_try_timeouts.add(1));
-                let again = policy.retries_after(Ended::Timeout, true) && may_retry(&mut policy, &source, tries);
-                let no_content = policy.no_content;
-                (Some(Failure::Timeout { attempt: true, no_content, tries: *tries }), again)
-            }
-            Err(SendError::Connect(error, address, unsent)) => {
-                entry.upstream = address.map(|address| address.to_string());
-                if let Source::Once(request) = &mut source {
-                    *request = Some(*unsent);
+                Err(SendError::Timeout(address)) => {
+                    entry.upstream = Some(address.to_string());
+                    stats::here(|stats| stats.upstream_try_timeouts.add(1));
+                    let again = policy.retries_after(Ended::Timeout, true) && may_retry(&mut policy, &source, tries);
+                    let no_content = policy.no_content;
+                    (Some(Failure::Timeout { attempt: true, no_content, tries: *tries }), again)
                 }
-                let again = policy.retries_after(Ended::Connect, false) && may_retry(&mut policy, &source, tries);
-                (Some(Failure::Connect(error, *tries)), again)
-            }
-        };
+                Err(SendError::Connect(error, address, unsent)) => {
+                    entry.upstream = address.map(|address| address.to_string());
+                    if let Source::Once(request) = &mut source {
+                        *request = Some(*unsent);
+                    }
+                    let again = policy.retries_after(Ended::Connect, false) && may_retry(&mut policy, &source, tries);
+                    (Some(Failure::Connect(error, *tries)), again)
+                }
+            };
         match failure {
             Some(failure) if !again => return Err(failure),
             _ => {}

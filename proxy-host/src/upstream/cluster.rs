@@ -14,12 +14,13 @@ use portolan_proto::envoy::envoy::{
         core::v3::{HealthStatus, address, socket_address::PortSpecifier},
         endpoint::v3::lb_endpoint::HostIdentifier,
     },
-    extensions::upstreams::http::v3::{
-        HttpProtocolOptions,
-        http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+    extensions::upstreams::http::v3::http_protocol_options::{
+        UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
     },
 };
 use prost::Message as _;
+
+use super::options::{self, Options};
 
 /// Envoy's default (`Cluster.connect_timeout`).
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -150,6 +151,8 @@ pub struct Spec<A> {
     pub weighted_localities: bool,
     /// The protocol spoken to endpoints.
     pub protocol: Protocol,
+    /// TLS, limits and what else there is to a connection.
+    pub options: Options,
     /// Set where endpoints are names.
     pub dns: Option<Dns>,
 }
@@ -191,15 +194,6 @@ impl Spec<Target> {
     /// # Errors
     /// What cannot be carried out faithfully.
     pub fn read(cluster: Cluster) -> Result<Self, ClusterError> {
-        // Plain text must never stand in for TLS.
-        if let Some(socket) =
-            cluster.transport_socket.as_ref().filter(|s| s.name != "envoy.transport_sockets.raw_buffer")
-        {
-            return Err(ClusterError::Transport(socket.name.clone()));
-        }
-        if let Some(socket) = cluster.transport_socket_matches.first() {
-            return Err(ClusterError::Transport(socket.name.clone()));
-        }
         let kind = match &cluster.cluster_discovery_type {
             None => DiscoveryType::Static,
             Some(ClusterDiscoveryType::Type(kind)) => {
@@ -265,6 +259,8 @@ impl Spec<Target> {
             policy,
             weighted_localities: matches!(locality, Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_))),
             protocol: protocol(cluster)?,
+            // Plain text must never stand in for TLS: what is not known is refused.
+            options: options::read(cluster)?,
             dns,
         })
     }
@@ -363,13 +359,9 @@ fn target(address: Option<&address::Address>, names: bool) -> Result<Target, Clu
 
 #[allow(deprecated)]
 fn protocol(cluster: &Cluster) -> Result<Protocol, ClusterError> {
-    let Some(any) =
-        cluster.typed_extension_protocol_options.get("envoy.extensions.upstreams.http.v3.HttpProtocolOptions")
-    else {
+    let Some(options) = options::http(cluster)? else {
         return Ok(if cluster.http2_protocol_options.is_some() { Protocol::Http2 } else { Protocol::Http1 });
     };
-    let options =
-        HttpProtocolOptions::decode(any.value.as_slice()).map_err(|e| ClusterError::Protocol(e.to_string()))?;
     match options.upstream_protocol_options {
         None => Ok(Protocol::Http1),
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)) => Ok(Protocol::SameAsClient),
@@ -441,10 +433,15 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_refused_and_not_left_out() {
+    fn a_transport_that_is_not_known_is_refused_and_not_left_out() {
+        for name in ["envoy.transport_sockets.quic", "envoy.transport_sockets.upstream_proxy_protocol"] {
+            let mut other = cluster(DiscoveryType::Static, vec![at("1.2.3.4", 80)]);
+            other.transport_socket = Some(TransportSocket { name: name.into(), config_type: None });
+            assert_eq!(Spec::read(other), Err(ClusterError::Transport(name.into())));
+        }
         let mut tls = cluster(DiscoveryType::Static, vec![at("1.2.3.4", 80)]);
         tls.transport_socket = Some(TransportSocket { name: "envoy.transport_sockets.tls".into(), config_type: None });
-        assert_eq!(Spec::read(tls), Err(ClusterError::Transport("envoy.transport_sockets.tls".into())));
+        assert!(matches!(Spec::read(tls), Err(ClusterError::Transport(_))));
     }
 
     #[test]

@@ -4,15 +4,16 @@ use std::{
     io,
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
 };
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
 };
+use tokio_rustls::client::TlsStream;
 
-use super::cluster::Address;
+use super::{Resolved, cluster::Address, options::Keepalive, tls::Connector};
 use crate::stats::{self, UpstreamOpen};
 
 /// A connection to an endpoint.
@@ -22,6 +23,8 @@ pub enum Stream {
     Tcp(TcpStream, UpstreamOpen),
     /// Unix-domain socket.
     Unix(UnixStream, UpstreamOpen),
+    /// TLS on one of them.
+    Tls(Box<TlsStream<Box<Stream>>>),
 }
 
 /// Why no connection could be opened; the texts are Envoy's.
@@ -30,37 +33,54 @@ pub enum ConnectError {
     /// The system said no.
     #[error("remote connection failure, transport failure reason: delayed connect error: {0}")]
     Io(#[from] io::Error),
+    /// TLS did not come about.
+    #[error("remote connection failure, transport failure reason: TLS_error:|{0}:TLS_error_end")]
+    Tls(String),
     /// It took longer than the cluster allows.
     #[error("connection timeout")]
     Timeout,
 }
 
-/// Connects to the first of the addresses that answers, in order, all within one timeout.
+/// Connects to the first of the addresses that answers, in order, all within one timeout; `host` is what the request
+/// is for.
 ///
 /// # Errors
 /// The last address's failure, or the timeout.
-pub async fn connect(addresses: &[Address], timeout: Duration) -> Result<(Stream, Address), ConnectError> {
+pub async fn connect(
+    addresses: &[Address],
+    spec: &Resolved,
+    tls: &Connector,
+    host: Option<&str>,
+) -> Result<(Stream, Address), ConnectError> {
     let attempt = async {
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        let mut last = ConnectError::Io(io::Error::from(io::ErrorKind::AddrNotAvailable));
         for address in addresses {
             let opened = match address {
                 Address::Ip(ip) => TcpStream::connect(ip).await.map(|stream| {
                     // Only costs latency where it cannot be set.
                     let _ = stream.set_nodelay(true);
+                    if let Some(keepalive) = &spec.options.keepalive {
+                        keep_alive(&stream, keepalive);
+                    }
                     Stream::Tcp(stream, UpstreamOpen::new())
                 }),
                 Address::Unix(path) => {
                     UnixStream::connect(path).await.map(|stream| Stream::Unix(stream, UpstreamOpen::new()))
                 }
             };
-            match opened {
+            let secured = match (opened, &spec.options.tls) {
+                (Ok(stream), None) => Ok(stream),
+                (Ok(stream), Some(settings)) => Box::pin(tls.connect(settings, host, stream)).await,
+                (Err(error), _) => Err(ConnectError::Io(error)),
+            };
+            match secured {
                 Ok(stream) => return Ok((stream, address.clone())),
                 Err(error) => last = error,
             }
         }
-        Err(ConnectError::Io(last))
+        Err(last)
     };
-    let connected = tokio::time::timeout(timeout, attempt).await.unwrap_or(Err(ConnectError::Timeout));
+    let connected = tokio::time::timeout(spec.connect_timeout, attempt).await.unwrap_or(Err(ConnectError::Timeout));
     if let Err(error) = &connected {
         stats::here(|stats| {
             stats.upstream_failed.add(1);
@@ -70,6 +90,22 @@ pub async fn connect(addresses: &[Address], timeout: Duration) -> Result<(Stream
     connected
 }
 
+fn keep_alive(stream: &TcpStream, settings: &Keepalive) {
+    let mut keepalive = TcpKeepalive::new();
+    if let Some(time) = settings.time {
+        keepalive = keepalive.with_time(time);
+    }
+    if let Some(interval) = settings.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = settings.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    if let Err(error) = SockRef::from(stream).set_tcp_keepalive(&keepalive) {
+        tracing::debug!("TCP keepalive: {error}");
+    }
+}
+
 // === impl Stream ===
 
 impl AsyncRead for Stream {
@@ -77,6 +113,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Tcp(stream, _) => Pin::new(stream).poll_read(cx, buf),
             Self::Unix(stream, _) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -86,6 +123,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream, _) => Pin::new(stream).poll_write(cx, buf),
             Self::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -97,17 +135,19 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Unix(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        !matches!(self, Self::Tls(_))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream, _) => Pin::new(stream).poll_flush(cx),
             Self::Unix(stream, _) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -115,6 +155,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream, _) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

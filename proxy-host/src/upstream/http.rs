@@ -1,7 +1,7 @@
 //! HTTP connections to endpoints: kept open, reused, and replaced once when a kept one turns out to be closed.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     future::Future,
     rc::Rc,
     time::{Duration, Instant},
@@ -14,7 +14,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 
-use super::{Active, Cluster, Endpoint, IDLE, cluster::Address, connect::ConnectError};
+use super::{Active, Cluster, Endpoint, cluster::Address, connect::ConnectError, options};
 use crate::{
     body::RequestBody,
     exec::{self, LocalExec},
@@ -25,21 +25,36 @@ use crate::{
 #[derive(Default)]
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
-    http2: RefCell<Option<(http2::SendRequest<RequestBody>, Address)>>,
+    http2: RefCell<Option<Shared>>,
 }
 
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
     address: Address,
+    /// Host that the connection is for, where that matters.
+    host: Option<Rc<str>>,
+    /// Requests that it may still carry.
+    left: u32,
     since: Instant,
+}
+
+#[derive(Clone)]
+struct Shared {
+    sender: http2::SendRequest<RequestBody>,
+    address: Address,
+    host: Option<Rc<str>>,
+    left: Rc<Cell<u32>>,
+    used: Rc<Cell<Instant>>,
 }
 
 impl Pool {
     /// Drops connections that are closed or have been idle for too long.
-    pub fn sweep(&self, now: Instant) {
-        self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && now.saturating_duration_since(c.since) < IDLE);
+    pub fn sweep(&self, now: Instant, idle: Option<Duration>) {
+        let old = |since: Instant| idle.is_some_and(|idle| now.saturating_duration_since(since) >= idle);
+        self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && !old(c.since));
         let mut http2 = self.http2.borrow_mut();
-        if http2.as_ref().is_some_and(|(sender, _)| sender.is_closed()) {
+        // Its requests, if there are any, go on.
+        if http2.as_ref().is_some_and(|shared| shared.sender.is_closed() || old(shared.used.get())) {
             *http2 = None;
         }
     }
@@ -55,6 +70,8 @@ impl Pool {
 pub struct Lease {
     endpoint: Rc<Endpoint>,
     sender: Option<http1::SendRequest<RequestBody>>,
+    host: Option<Rc<str>>,
+    left: u32,
     /// The address that answered.
     pub address: Address,
     _active: Active,
@@ -63,8 +80,9 @@ pub struct Lease {
 impl Lease {
     /// Puts the connection back for the next request.
     pub fn finish(mut self) {
-        if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
-            let idle = Idle { sender, address: self.address.clone(), since: Instant::now() };
+        if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed() && self.left > 0) {
+            let (address, host) = (self.address.clone(), self.host.take());
+            let idle = Idle { sender, address, host, left: self.left, since: Instant::now() };
             self.endpoint.pool.idle.borrow_mut().push(idle);
         }
     }
@@ -129,11 +147,12 @@ pub async fn send(
     endpoint: &Rc<Endpoint>,
     mut request: Request<RequestBody>,
     http2: bool,
+    host: Option<&str>,
     limit: Option<Limit>,
 ) -> Result<(Response<Incoming>, Lease), SendError> {
     let active = endpoint.begin();
     loop {
-        let (mut sender, address, kept) = match checkout(cluster, endpoint, http2).await {
+        let Checked { mut sender, address, host, left, kept } = match checkout(cluster, endpoint, http2, host).await {
             Ok(found) => found,
             Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
         };
@@ -157,7 +176,8 @@ pub async fn send(
                     Sender::Http1(sender) => Some(sender),
                     Sender::Http2(_) => None,
                 };
-                return Ok((response, Lease { endpoint: endpoint.clone(), sender, address, _active: active }));
+                let lease = Lease { endpoint: endpoint.clone(), sender, host, left, address, _active: active };
+                return Ok((response, lease));
             }
             Err(mut failure) => match failure.take_message() {
                 // The far end closed a kept connection while it was idle: nothing of the request has left.
@@ -178,38 +198,69 @@ enum Sender {
     Http2(http2::SendRequest<RequestBody>),
 }
 
-/// A sender that is ready, its address, and whether it had been used before.
+/// A sender that is ready.
+struct Checked {
+    sender: Sender,
+    address: Address,
+    host: Option<Rc<str>>,
+    /// Requests that the connection may carry after this one.
+    left: u32,
+    /// It had been used before.
+    kept: bool,
+}
+
 async fn checkout(
     cluster: &Cluster,
     endpoint: &Rc<Endpoint>,
     http2: bool,
-) -> Result<(Sender, Address, bool), ConnectError> {
+    host: Option<&str>,
+) -> Result<Checked, ConnectError> {
     if http2 {
         let kept = endpoint.pool.http2.borrow().clone();
-        if let Some((mut sender, address)) = kept
+        if let Some(Shared { mut sender, address, host: its, left, used }) = kept
+            && its.as_deref() == host
+            && left.get() > 0
             && sender.ready().await.is_ok()
         {
-            return Ok((Sender::Http2(sender), address, true));
+            left.set(left.get().saturating_sub(1));
+            used.set(Instant::now());
+            return Ok(Checked { sender: Sender::Http2(sender), address, host: its, left: left.get(), kept: true });
         }
         // Opening one is rare: its state must not weigh on each request.
-        return Box::pin(open_http2(cluster, endpoint)).await;
+        return Box::pin(open_http2(cluster, endpoint, host)).await;
     }
     loop {
-        let kept = endpoint.pool.idle.borrow_mut().pop();
+        let kept = {
+            let mut idle = endpoint.pool.idle.borrow_mut();
+            match host {
+                None => idle.pop(),
+                Some(_) => idle.iter().rposition(|c| c.host.as_deref() == host).map(|at| idle.swap_remove(at)),
+            }
+        };
         match kept {
-            Some(Idle { mut sender, address, .. }) => {
+            Some(Idle { mut sender, address, host, left, since }) => {
+                // Where the time is short, looking for old ones now and then is not enough.
+                let short = cluster.spec().options.idle.filter(|idle| *idle < options::IDLE);
+                if short.is_some_and(|idle| since.elapsed() >= idle) {
+                    continue;
+                }
                 if !sender.is_closed() && sender.ready().await.is_ok() {
-                    return Ok((Sender::Http1(sender), address, true));
+                    return Ok(Checked { sender: Sender::Http1(sender), address, host, left: left - 1, kept: true });
                 }
             }
             None => break,
         }
     }
-    Box::pin(open_http1(cluster, endpoint)).await
+    Box::pin(open_http1(cluster, endpoint, host)).await
 }
 
-async fn open_http2(cluster: &Cluster, endpoint: &Rc<Endpoint>) -> Result<(Sender, Address, bool), ConnectError> {
-    let (stream, address) = cluster.connect(endpoint).await?;
+/// Requests that a new connection may carry after its first.
+fn most(cluster: &Cluster) -> u32 {
+    cluster.spec().options.requests_per_connection.map_or(u32::MAX, |most| most - 1)
+}
+
+async fn open_http2(cluster: &Cluster, endpoint: &Rc<Endpoint>, host: Option<&str>) -> Result<Checked, ConnectError> {
+    let (stream, address) = cluster.connect_for(endpoint, host).await?;
     let mut builder = http2::Builder::new(LocalExec);
     builder.timer(TokioTimer::new());
     let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
@@ -217,18 +268,26 @@ async fn open_http2(cluster: &Cluster, endpoint: &Rc<Endpoint>) -> Result<(Sende
         // Its requests report how it ended.
         let _ = connection.await;
     });
-    *endpoint.pool.http2.borrow_mut() = Some((sender.clone(), address.clone()));
-    Ok((Sender::Http2(sender), address, false))
+    let (host, left) = (host.map(Rc::from), most(cluster));
+    *endpoint.pool.http2.borrow_mut() = Some(Shared {
+        sender: sender.clone(),
+        address: address.clone(),
+        host: host.clone(),
+        left: Rc::new(Cell::new(left)),
+        used: Rc::new(Cell::new(Instant::now())),
+    });
+    Ok(Checked { sender: Sender::Http2(sender), address, host, left, kept: false })
 }
 
-async fn open_http1(cluster: &Cluster, endpoint: &Rc<Endpoint>) -> Result<(Sender, Address, bool), ConnectError> {
-    let (stream, address) = cluster.connect(endpoint).await?;
+async fn open_http1(cluster: &Cluster, endpoint: &Rc<Endpoint>, host: Option<&str>) -> Result<Checked, ConnectError> {
+    let (stream, address) = cluster.connect_for(endpoint, host).await?;
     let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(broken)?;
     exec::spawn(async move {
         // Its requests report how it ended.
         let _ = connection.with_upgrades().await;
     });
-    Ok((Sender::Http1(sender), address, false))
+    let (host, left) = (host.map(Rc::from), most(cluster));
+    Ok(Checked { sender: Sender::Http1(sender), address, host, left, kept: false })
 }
 
 fn broken(error: hyper::Error) -> ConnectError {

@@ -4,6 +4,8 @@ pub mod balance;
 pub mod cluster;
 pub mod connect;
 pub mod http;
+pub mod options;
+pub mod tls;
 
 use std::{
     cell::{Cell, RefCell},
@@ -11,16 +13,13 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use crate::dns::{ResolveError, Resolver};
 use balance::{Balancer, Weighted};
 use cluster::{Address, Discovery, Family, Spec};
 use connect::{ConnectError, Stream};
-
-/// Unused connections are closed after this time (Envoy's default for HTTP).
-pub const IDLE: Duration = Duration::from_secs(3600);
 
 /// A cluster whose names are resolved: each endpoint has the addresses to try, in order.
 pub type Resolved = Spec<Vec<Address>>;
@@ -52,6 +51,7 @@ pub struct Cluster {
     spec: Arc<Resolved>,
     endpoints: Vec<Rc<Endpoint>>,
     balancer: Balancer<Endpoint>,
+    tls: tls::Connector,
     /// Endpoints of clusters that go wherever the client says.
     dialled: RefCell<HashMap<Vec<Address>, Rc<Endpoint>>>,
 }
@@ -129,7 +129,9 @@ impl Cluster {
     #[must_use]
     pub fn new(spec: Arc<Resolved>, before: Option<&Cluster>) -> Self {
         let mut old: HashMap<&[Address], Vec<&Rc<Endpoint>>> = HashMap::new();
-        if let Some(before) = before.filter(|before| before.spec.protocol == spec.protocol) {
+        if let Some(before) =
+            before.filter(|before| before.spec.protocol == spec.protocol && before.spec.options == spec.options)
+        {
             for endpoint in &before.endpoints {
                 old.entry(&endpoint.addresses).or_default().push(endpoint);
             }
@@ -150,10 +152,12 @@ impl Cluster {
         };
         let balancer = Balancer::new(spec.policy, spec.weighted_localities, &endpoints);
         let dialled = match before {
-            Some(before) if before.spec.discovery == spec.discovery => before.dialled.take(),
+            Some(before) if before.spec.discovery == spec.discovery && before.spec.options == spec.options => {
+                before.dialled.take()
+            }
             _ => HashMap::new(),
         };
-        Self { spec, endpoints, balancer, dialled: RefCell::new(dialled) }
+        Self { spec, endpoints, balancer, tls: tls::Connector::default(), dialled: RefCell::new(dialled) }
     }
 
     /// What the cluster was made of.
@@ -219,16 +223,35 @@ impl Cluster {
     /// # Errors
     /// The endpoint refuses or does not answer in time.
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<(Stream, Address), ConnectError> {
-        connect::connect(&endpoint.addresses, self.spec.connect_timeout).await
+        self.connect_for(endpoint, None).await
+    }
+
+    /// Opens a connection for requests to this host.
+    ///
+    /// # Errors
+    /// As [`Cluster::connect`].
+    pub async fn connect_for(
+        &self,
+        endpoint: &Endpoint,
+        host: Option<&str>,
+    ) -> Result<(Stream, Address), ConnectError> {
+        connect::connect(&endpoint.addresses, &self.spec, &self.tls, host).await
+    }
+
+    /// The host that connections have to be kept apart by, where they do.
+    #[must_use]
+    pub fn host_of<'w>(&self, wanted: &'w Wanted) -> Option<&'w str> {
+        let tls = self.spec.options.tls.as_ref()?;
+        wanted.host.as_deref().filter(|_| tls.name_of_host || tls.certified_host)
     }
 
     /// Closes connections that nobody has used for long, and forgets dialled endpoints without any.
     pub fn sweep(&self, now: Instant) {
         for endpoint in &self.endpoints {
-            endpoint.pool.sweep(now);
+            endpoint.pool.sweep(now, self.spec.options.idle);
         }
         self.dialled.borrow_mut().retain(|_, endpoint| {
-            endpoint.pool.sweep(now);
+            endpoint.pool.sweep(now, self.spec.options.idle);
             Rc::strong_count(endpoint) > 1 || !endpoint.pool.is_empty()
         });
     }
@@ -238,6 +261,7 @@ impl Cluster {
 mod tests {
     use super::*;
     use cluster::{Policy, Protocol};
+    use std::time::Duration;
 
     fn spec(discovery: Discovery<Vec<Address>>) -> Arc<Resolved> {
         Arc::new(Spec {
@@ -247,6 +271,7 @@ mod tests {
             policy: Policy::RoundRobin,
             weighted_localities: false,
             protocol: Protocol::Http1,
+            options: options::Options::default(),
             dns: None,
         })
     }
