@@ -179,7 +179,7 @@ fn tell_unserved(changes: &[Change]) {
     for change in changes {
         let Change::Apply(object) = change else { continue };
         let what = match object {
-            Object::VirtualService(_) | Object::Gateway(_) => vec!["this kind"],
+            Object::Gateway(_) => vec!["this kind"],
             Object::DestinationRule(rule) => rules::unserved(&rule.spec),
             Object::Sidecar(sidecar) => sidecar::unserved(&sidecar.spec),
             _ => continue,

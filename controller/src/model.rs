@@ -340,6 +340,8 @@ pub struct MeshConfig {
     pub trust_domain: String,
     /// `defaultServiceExportTo`; never empty.
     pub default_service_export_to: Vec<String>,
+    /// `defaultVirtualServiceExportTo`; never empty.
+    pub default_virtual_service_export_to: Vec<String>,
     /// `connectTimeout`
     pub connect_timeout: Duration,
     /// `dnsRefreshRate`: used after a failed resolution; the TTL otherwise.
@@ -356,6 +358,7 @@ impl Default for MeshConfig {
             root_namespace: "istio-system".into(),
             trust_domain: "cluster.local".into(),
             default_service_export_to: vec!["*".into()],
+            default_virtual_service_export_to: vec!["*".into()],
             connect_timeout: Duration::from_secs(10),
             dns_refresh_rate: Duration::from_secs(60),
             cluster_domain: "cluster.local".into(),

@@ -70,6 +70,29 @@ impl fmt::Display for Status {
 /// Result of a host call.
 pub type Result<T = ()> = std::result::Result<T, Status>;
 
+/// An answer to a request in place of the upstream's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// Why, in one word.
+    pub details: &'static str,
+    /// Body.
+    pub body: Vec<u8>,
+    /// Headers.
+    pub headers: Vec<(String, Vec<u8>)>,
+    /// Status for a gRPC request.
+    pub grpc: Option<u32>,
+}
+
+impl Answer {
+    /// An answer in plain text.
+    pub fn new(status: u16, details: &'static str, body: Vec<u8>) -> Self {
+        let text = (!body.is_empty()).then(|| ("content-type".to_owned(), b"text/plain".to_vec()));
+        Answer { status, details, body, headers: text.into_iter().collect(), grpc: None }
+    }
+}
+
 /// The host calls that the filter uses (proxy-wasm 0.2.1). What the host says reaches the caller as it is: bytes are
 /// bytes, and an unknown status is an error like any other.
 pub trait Host {
@@ -94,10 +117,20 @@ pub trait Host {
     fn request_headers(&self) -> Result<Vec<u8>>;
     /// Sets a header in place of any of its name.
     fn replace_request_header(&self, name: &str, value: &[u8]) -> Result;
+    /// Adds a header beside any of its name.
+    fn add_request_header(&self, name: &str, value: &[u8]) -> Result;
     /// Removes a header.
     fn remove_request_header(&self, name: &[u8]) -> Result;
     /// Answers the request with plain text.
     fn local_response(&self, status: u16, details: &str, body: &str) -> Result;
+    /// Answers the request.
+    fn answer(&self, answer: &Answer) -> Result;
+    /// Sets a header of the response in place of any of its name.
+    fn replace_response_header(&self, name: &str, value: &[u8]) -> Result;
+    /// Adds a header to the response.
+    fn add_response_header(&self, name: &str, value: &[u8]) -> Result;
+    /// Removes a header of the response.
+    fn remove_response_header(&self, name: &str) -> Result;
     /// Resets the request.
     fn reset_request(&self) -> Result;
     /// Closes the client's connection.

@@ -5,10 +5,12 @@ use std::borrow::Cow;
 use portolan_registry::decision::{Rule, Verdict};
 use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request};
 
+use crate::carry::{self, Carried};
 use crate::config::NoSnapshot;
 use crate::host::pairs::Pairs;
-use crate::host::{Action, Host, Level, Status, destination, printable};
+use crate::host::{Action, Answer, Host, Level, Status, destination, printable};
 use crate::metrics::{Cause, Kind, Outcome};
+use crate::request::Headers;
 use crate::vm::{self, Vm};
 
 /// The header by which the host's route chooses its cluster.
@@ -69,8 +71,15 @@ struct Head<'h> {
 
 impl<H: Host> Vm<H> {
     /// The headers of a request have come.
-    pub fn on_request_headers(&mut self) -> Action {
-        let Err(refusal) = self.route_request() else { return Action::Continue };
+    pub fn on_request_headers(&mut self, context: u32) -> Action {
+        let refusal = match self.route_request(context) {
+            Ok(None) => return Action::Continue,
+            Ok(Some(answer)) => match self.host.answer(&answer) {
+                Ok(()) => return Action::Pause,
+                Err(status) => Refusal::from(status),
+            },
+            Err(refusal) => refusal,
+        };
         self.decided(Kind::Http, Outcome::Deny, refusal.cause);
         if !matches!(refusal.cause, Cause::Rule(_)) {
             vm::report(&self.host, self.report, &refusal.cause.as_str());
@@ -84,17 +93,29 @@ impl<H: Host> Vm<H> {
         Action::Pause
     }
 
-    fn route_request(&mut self) -> Result<(), Refusal> {
+    /// The headers of a response have come.
+    pub fn on_response_headers(&mut self, context: u32) -> Action {
+        // One that cannot be changed is passed on as it is: the upstream has done its work already.
+        if let Some(Err(status)) = self.pending.remove(&context).map(|pending| pending.apply(&self.host)) {
+            self.log(Level::Warn, || format!("portolan: a response's headers cannot be changed: {status}"));
+        }
+        Action::Continue
+    }
+
+    /// Says where the request goes, or how it is answered.
+    fn route_request(&mut self, context: u32) -> Result<Option<Box<Answer>>, Refusal> {
         let headers = self.host.request_headers()?;
         let head = read_head(&self.host, &headers)?;
-        let Vm { host, subscription, metrics, log_level, report, room, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, report, room, patterns, pending, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
-            return self.route_without_snapshot();
+            return self.route_without_snapshot().map(|()| None);
         };
         let listener = listener(host)?;
         let decision = snapshot.request(&Request { listener, authority: head.authority, connect: head.connect });
         let rule = decision.reason.rule;
-        vm::report(host, *report, &decision.reason);
+        if !matches!(decision.verdict, Verdict::Table { .. }) {
+            vm::report(host, *report, &decision.reason);
+        }
         match decision.verdict {
             Verdict::Route { cluster } => {
                 set_cluster(host, cluster.bytes(room))?;
@@ -102,7 +123,30 @@ impl<H: Host> Vm<H> {
                 vm::log(host, *log_level, Level::Debug, || {
                     format!("portolan: {} goes to {cluster} ({})", printable(head.authority), decision.reason)
                 });
-                Ok(())
+                Ok(None)
+            }
+            Verdict::Table { table } => {
+                let request = Headers(&headers);
+                let matched = snapshot.routed(table, &request, patterns);
+                let reason = decision.reason.routed(matched.as_ref());
+                vm::report(host, *report, &reason);
+                let Some(matched) = matched else {
+                    let body =
+                        format!("portolan: no route takes the request to {} ({reason})", printable(head.authority));
+                    return Err(Refusal { status: 404, cause: Cause::Rule(Rule::NoRoute), body });
+                };
+                let carried = carry::carry_out(host, &request, &matched, patterns)?;
+                metrics.decided(host, Kind::Http, Outcome::Route, Cause::Rule(reason.rule));
+                vm::log(host, *log_level, Level::Debug, || {
+                    format!("portolan: {}: {reason}", printable(head.authority))
+                });
+                Ok(match carried {
+                    Carried::Answered(answer) => Some(answer),
+                    Carried::On(changes) => {
+                        pending.extend(changes.map(|changes| (context, changes)));
+                        None
+                    }
+                })
             }
             Verdict::Deny { status } => {
                 let what = match rule {
@@ -164,7 +208,7 @@ fn listener(host: &impl Host) -> Result<Listener, Refusal> {
     Ok(if proxy { Listener::Proxy } else { Listener::Captured(destination) })
 }
 
-fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
+pub(crate) fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
     host.replace_request_header(CLUSTER_HEADER, cluster)?;
     host.foreign("clear_route_cache", &[])
 }

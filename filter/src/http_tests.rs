@@ -10,7 +10,7 @@ fn request(vm: &mut Vm<Fake>, destination: &str, headers: &[(&[u8], &[u8])]) -> 
     vm.host.set_property("destination\0address", destination.as_bytes());
     vm.host.set_headers(headers);
     vm.host.take_calls();
-    let action = vm.on_request_headers();
+    let action = vm.on_request_headers(2);
     let calls = vm.host.take_calls();
     let told = |call: &Call| !matches!(call, Call::Log(..) | Call::DefineMetric(_));
     (action, calls.into_iter().filter(told).collect())
@@ -141,14 +141,14 @@ fn what_passes_is_logged_at_debug_only() {
     let mut vm = ready(CatchAll::Block);
     vm.host.set_property("destination\0address", b"192.0.2.1:80");
     vm.host.set_headers(headers);
-    vm.on_request_headers();
+    vm.on_request_headers(2);
     let line = "portolan: a.com goes to outbound|80||a.com (host_exact: ServiceEntry n/entry)";
     assert_eq!(vm.host.logs(), [line]);
     // A host that does not say its level has that of Info.
     vm.host.fail("log_level", 12);
     assert!(vm.on_configure(ROOT));
     vm.host.take_calls();
-    vm.on_request_headers();
+    vm.on_request_headers(2);
     assert_eq!(vm.host.logs(), [""; 0]);
 }
 
@@ -176,7 +176,7 @@ fn headers_cut_anywhere_are_refused() {
     let bytes = vm.host.headers.borrow().clone();
     for cut in 0..bytes.len() {
         *vm.host.headers.borrow_mut() = bytes[..cut].to_vec();
-        assert_eq!(vm.on_request_headers(), Action::Pause, "cut at {cut}");
+        assert_eq!(vm.on_request_headers(2), Action::Pause, "cut at {cut}");
     }
 }
 

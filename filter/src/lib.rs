@@ -9,11 +9,13 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod carry;
 pub mod config;
 mod envoy;
 pub mod host;
 pub mod http;
 pub mod metrics;
+mod request;
 pub mod root;
 pub mod subscription;
 pub mod tcp;

@@ -112,6 +112,7 @@ impl<H: Host> Vm<H> {
 
     /// A context is gone.
     pub fn on_delete(&mut self, context: u32) {
+        self.pending.remove(&context);
         self.roots.remove(&context);
         if self.stream.is_some_and(|s| s.root == context) {
             self.cancel();

@@ -1,9 +1,12 @@
 //! Stream contexts: one decision for each connection that is not HTTP, before its first byte goes on.
 
-use portolan_registry::decision::Verdict;
+use portolan_registry::decision::{Rule, Verdict};
 use portolan_registry::lookup::{Connection, PASSTHROUGH_CLUSTER};
+use portolan_registry::route::Outcome as Routed;
+use portolan_registry::routing::NoHeaders;
 use prost::Message;
 
+use crate::carry;
 use crate::config::NoSnapshot;
 use crate::envoy::SetFilterState;
 use crate::host::{Action, Host, Level, Status, destination, printable};
@@ -42,7 +45,7 @@ impl<H: Host> Vm<H> {
     }
 
     fn route_connection(&mut self) -> Result<(), Refusal> {
-        let Vm { host, subscription, metrics, log_level, report, room, .. } = &mut *self;
+        let Vm { host, subscription, metrics, log_level, report, room, patterns, .. } = &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.connect_without_snapshot();
         };
@@ -52,7 +55,9 @@ impl<H: Host> Vm<H> {
         };
         let sni = host.property("connection\0requested_server_name").filter(|name| !name.is_empty());
         let decision = snapshot.connection(&Connection { destination, sni: sni.as_deref() });
-        vm::report(host, *report, &decision.reason);
+        if !matches!(decision.verdict, Verdict::Table { .. }) {
+            vm::report(host, *report, &decision.reason);
+        }
         let name = || printable(sni.as_deref().unwrap_or(b"-"));
         match decision.verdict {
             Verdict::Route { cluster } => {
@@ -60,6 +65,28 @@ impl<H: Host> Vm<H> {
                 metrics.decided(host, Kind::Tcp, Outcome::Route, Cause::Rule(decision.reason.rule));
                 vm::log(host, *log_level, Level::Debug, || {
                     format!("portolan: {destination} ({}) goes to {cluster} ({})", name(), decision.reason)
+                });
+                Ok(())
+            }
+            Verdict::Table { table } => {
+                let matched = snapshot.routed(table, &NoHeaders, patterns);
+                let reason = decision.reason.routed(matched.as_ref());
+                vm::report(host, *report, &reason);
+                let target = match matched.as_ref().map(|m| &m.action.outcome) {
+                    Some(Routed::Forward(targets)) => carry::pick(targets),
+                    _ => None,
+                };
+                let Some(target) = target else {
+                    let cause = Cause::Rule(Rule::NoRoute);
+                    return Err(Refusal {
+                        cause,
+                        reason: format!("{destination} ({}) has no route ({reason})", name()),
+                    });
+                };
+                set_cluster(host, target.cluster.as_bytes())?;
+                metrics.decided(host, Kind::Tcp, Outcome::Route, Cause::Rule(reason.rule));
+                vm::log(host, *log_level, Level::Debug, || {
+                    format!("portolan: {destination} ({}) goes to {} ({reason})", name(), target.cluster)
                 });
                 Ok(())
             }

@@ -15,7 +15,7 @@ pub(crate) const ROOT: u32 = 1;
 fn choice(cluster: &str) -> Choice {
     let winner =
         Origin { namespace: "n".parse().unwrap(), name: "entry".parse().unwrap(), kind: OriginKind::ServiceEntry };
-    Choice { cluster: cluster.parse().unwrap(), winner, losers: Vec::new() }
+    Choice { cluster: cluster.parse().unwrap(), routes: None, winner, losers: Vec::new() }
 }
 
 /// HTTP on a.com:80, TLS on a.com:443, TCP on 10.0.0.1:3306, the proxy port for a.com:80; all else as `catch_all`.
@@ -32,6 +32,7 @@ pub(crate) fn rows(catch_all: CatchAll) -> Vec<Row> {
             port: 3306,
             http: None,
             tcp: Some(choice("outbound|3306||db")),
+            sni: Vec::new(),
         },
     ]
 }

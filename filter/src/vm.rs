@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use portolan_registry::routing::Patterns;
+
+use crate::carry::Pending;
 use crate::config::NoSnapshot;
 use crate::host::{DECISION, Host, Level};
 use crate::metrics::{Cause, Kind, Metrics, Outcome};
@@ -27,6 +30,10 @@ pub struct Vm<H> {
     pub(crate) log_level: u32,
     /// Room to write a cluster's name in, kept for the next one.
     pub(crate) room: Vec<u8>,
+    /// Compiled expressions of routes.
+    pub(crate) patterns: Patterns,
+    /// What is to be changed about responses, by the context of the request.
+    pub(crate) pending: BTreeMap<u32, Pending>,
 }
 
 impl<H: Host> Vm<H> {
@@ -41,6 +48,8 @@ impl<H: Host> Vm<H> {
             report: false,
             log_level: Level::Info as u32,
             room: Vec::new(),
+            patterns: Patterns::default(),
+            pending: BTreeMap::new(),
         }
     }
 

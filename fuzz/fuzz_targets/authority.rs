@@ -21,7 +21,7 @@ fn snapshot() -> &'static Snapshot {
         writer.put(&Row::Port { port: 80, http: true, tcp: None, prefixes: vec![] }).unwrap();
         for host in ["a.example", "*.w.example"] {
             let winner = Origin { namespace: "default".parse().unwrap(), name: "a".parse().unwrap(), kind: OriginKind::ServiceEntry };
-            let choice = Choice { cluster: format!("outbound|80||{host}").parse().unwrap(), winner, losers: vec![] };
+            let choice = Choice { cluster: format!("outbound|80||{host}").parse().unwrap(), routes: None, winner, losers: vec![] };
             let port = HostPort { port: 80, http: Some(choice.clone()), sni: Some(choice.clone()), proxy: Some(choice) };
             writer.put(&Row::Host { pattern: host.parse().unwrap(), ports: vec![port] }).unwrap();
         }

@@ -25,6 +25,7 @@ fn row(pattern: &str, name: &str) -> Row {
     let port = |port: u16| {
         let choice = Choice {
             cluster: text(&format!("outbound|{port}||{pattern}")),
+            routes: None,
             winner: Origin { namespace: text("default"), name: text(name), kind: OriginKind::ServiceEntry },
             losers: vec![],
         };
@@ -120,7 +121,7 @@ fn main() {
             Verdict::Route { cluster } => {
                 (cluster.bytes(&mut room).len(), decision.reason.winner().map(|winner| winner.name.len()))
             }
-            Verdict::Deny { .. } => (0, None),
+            Verdict::Table { .. } | Verdict::Deny { .. } => (0, None),
         });
         let bytes = (snapshot.bytes() - names) as f64 / n as f64;
         println!("{n:>9} {hit:>8.0} {wildcard:>8.0} {miss:>8.0} {written:>10.0} {bytes:>12.1}");

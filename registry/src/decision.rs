@@ -4,6 +4,7 @@ use std::cmp::Ordering;
 use std::fmt;
 
 use crate::encode::ChoiceRef;
+use crate::routing::{Matched, Table};
 use crate::row::OriginKind;
 
 /// A cluster's name, put together only when it is asked for: most names are made of a port and a host that the snapshot
@@ -83,6 +84,11 @@ pub enum Verdict<'s> {
         /// Cluster name.
         cluster: Cluster<'s>,
     },
+    /// Do what the first route of this table says that takes the request ([`crate::snapshot::Snapshot::routed`]).
+    Table {
+        /// The table.
+        table: Table<'s>,
+    },
     /// Answer an HTTP request with this status. On a connection without HTTP: close it.
     Deny {
         /// HTTP status: 502 where the registry does not know the destination, 404 where no virtual host matches, 400
@@ -118,11 +124,13 @@ pub enum Rule {
     NoVirtualHost,
     /// The name cannot be a host name.
     BadName,
+    /// No route of the host takes the request.
+    NoRoute,
 }
 
 impl Rule {
     /// How many rules there are; counters are made for each.
-    pub const ALL: [Rule; 12] = [
+    pub const ALL: [Rule; 13] = [
         Rule::Address,
         Rule::PrefixSni,
         Rule::Prefix,
@@ -135,6 +143,7 @@ impl Rule {
         Rule::Blocked,
         Rule::NoVirtualHost,
         Rule::BadName,
+        Rule::NoRoute,
     ];
 
     /// Name in metrics and logs.
@@ -152,6 +161,7 @@ impl Rule {
             Rule::Blocked => "blocked",
             Rule::NoVirtualHost => "no_virtual_host",
             Rule::BadName => "bad_name",
+            Rule::NoRoute => "no_route",
         }
     }
 }
@@ -185,11 +195,22 @@ pub struct Reason<'s> {
     /// The rule that decided.
     pub rule: Rule,
     choice: Option<ChoiceRef<'s>>,
+    /// Name and number of the route of the entry that won, if it has routes.
+    pub route: Option<(&'s str, u32)>,
 }
 
 impl<'s> Reason<'s> {
     pub(crate) fn new(rule: Rule, choice: Option<ChoiceRef<'s>>) -> Self {
-        Reason { rule, choice }
+        Reason { rule, choice, route: None }
+    }
+
+    /// The same after a table has been asked: its route took the request, or none did.
+    #[must_use]
+    pub fn routed(self, matched: Option<&Matched<'s>>) -> Self {
+        match matched {
+            Some(matched) => Reason { route: Some((matched.name, matched.index)), ..self },
+            None => Reason { rule: Rule::NoRoute, ..self },
+        }
     }
 
     /// The entry that won, if any did.
@@ -219,7 +240,12 @@ impl PartialOrd for Reason<'_> {
 
 impl Ord for Reason<'_> {
     fn cmp(&self, other: &Self) -> Ordering {
-        let rest = || self.winner().cmp(&other.winner()).then_with(|| self.losers().cmp(other.losers()));
+        let rest = || {
+            self.winner()
+                .cmp(&other.winner())
+                .then_with(|| self.losers().cmp(other.losers()))
+                .then_with(|| self.route.cmp(&other.route))
+        };
         self.rule.cmp(&other.rule).then_with(rest)
     }
 }
@@ -235,6 +261,11 @@ impl fmt::Display for Reason<'_> {
         f.write_str(self.rule.as_str())?;
         if let Some(winner) = self.winner() {
             write!(f, ": {winner}")?;
+        }
+        match self.route {
+            Some(("", index)) => write!(f, " route {index}")?,
+            Some((name, index)) => write!(f, " route {index} ({name})")?,
+            None => {}
         }
         for (i, loser) in self.losers().enumerate() {
             write!(f, "{}{loser}", if i == 0 { " over " } else { ", " })?;

@@ -8,7 +8,8 @@ use thiserror::Error;
 
 use crate::decision::OriginRef;
 use crate::name::HostPattern;
-use crate::row::{CatchAll, Choice, Globals, HostPort, MAX_LOSERS, Origin, OriginKind, Row, RowKey};
+use crate::route::{self, TableBody};
+use crate::row::{CatchAll, Choice, Globals, HostPort, MAX_LOSERS, Origin, OriginKind, Routes, Row, RowKey};
 
 pub(crate) const TAG_EXACT: u8 = 1;
 pub(crate) const TAG_SUFFIX: u8 = 2;
@@ -17,6 +18,8 @@ pub(crate) const TAG_PORT: u8 = 4;
 pub(crate) const TAG_PREFIX: u8 = 5;
 pub(crate) const TAG_GLOBALS: u8 = 6;
 pub(crate) const TAG_SUMMARY: u8 = 7;
+pub(crate) const TAG_TABLE: u8 = 8;
+pub(crate) const TAG_ROUTES: u8 = 9;
 
 const HTTP: u8 = 1;
 const SNI: u8 = 2;
@@ -29,6 +32,9 @@ const FORM: u8 = 3;
 const OUTBOUND: u8 = 0;
 const FORWARD: u8 = 1;
 const NAMED: u8 = 2;
+const ROUTES: u8 = 3;
+/// What stands before routes in place of a table's name.
+pub(crate) const INLINE: u8 = 0;
 const LOSERS_AT: u32 = 2;
 const FIRST_WON: u8 = 16;
 
@@ -62,6 +68,8 @@ pub(crate) fn key(key: &RowKey) -> (u8, Vec<u8>) {
         RowKey::Address(address, port) => (TAG_ADDRESS, address_key(*address, *port).to_vec()),
         RowKey::Port(port) => (TAG_PORT, port.to_be_bytes().to_vec()),
         RowKey::Prefix(port, net) => (TAG_PREFIX, prefix_key(net.network(), net.prefix_len(), *port).to_vec()),
+        RowKey::Table(name) => (TAG_TABLE, name.as_bytes().to_vec()),
+        RowKey::Routes(table, digest) => (TAG_ROUTES, [table.as_bytes(), &digest.to_le_bytes()].concat()),
         RowKey::Globals => (TAG_GLOBALS, Vec::new()),
     }
 }
@@ -123,7 +131,11 @@ impl Out {
     }
 
     fn choice(&mut self, choice: &Choice, own: Option<(u16, &str)>) {
-        let form = own.map_or(NAMED, |(port, host)| cluster_form(&choice.cluster, port, host));
+        let form = match (&choice.routes, own) {
+            (Some(_), _) => ROUTES,
+            (None, Some((port, host))) => cluster_form(&choice.cluster, port, host),
+            (None, None) => NAMED,
+        };
         let losers = choice.losers.get(..MAX_LOSERS).unwrap_or(&choice.losers);
         let first = self.origins.first().is_none_or(|origin| *origin == choice.winner);
         self.bytes.push(form | (losers.len() as u8) << LOSERS_AT | if first { FIRST_WON } else { 0 });
@@ -135,8 +147,17 @@ impl Out {
         losers.iter().for_each(|loser| ids.origin(loser));
         self.bytes.extend_from_slice(&ids.bytes);
         self.origins = ids.origins;
-        if form == NAMED {
-            self.text(&choice.cluster);
+        match &choice.routes {
+            Some(Routes::Table(table)) => self.text(table),
+            Some(Routes::Inline(routes)) => {
+                // No table has such a name.
+                let routes = route::encode_all(routes);
+                self.varint(routes.len() + 1);
+                self.bytes.push(INLINE);
+                self.bytes.extend_from_slice(&routes);
+            }
+            None if form == NAMED => self.text(&choice.cluster),
+            None => {}
         }
     }
 
@@ -201,6 +222,14 @@ fn optional(out: &mut Out, choices: [Option<&Choice>; 2]) {
     choices.into_iter().flatten().for_each(|c| out.choice(c, None));
 }
 
+fn server_names(out: &mut Out, sni: &[(HostPattern, Choice)]) {
+    out.varint(sni.len());
+    for (pattern, choice) in sni {
+        out.text(&pattern.to_string());
+        out.choice(choice, None);
+    }
+}
+
 pub(crate) fn value(row: &Row) -> Vec<u8> {
     let mut out = Out::default();
     match row {
@@ -209,7 +238,10 @@ pub(crate) fn value(row: &Row) -> Vec<u8> {
             out.varint(ports.len());
             ports.iter().for_each(|p| host_port(&mut out, p, &text));
         }
-        Row::Address { http, tcp, .. } => optional(&mut out, [http.as_ref(), tcp.as_ref()]),
+        Row::Address { http, tcp, sni, .. } => {
+            optional(&mut out, [http.as_ref(), tcp.as_ref()]);
+            server_names(&mut out, sni);
+        }
         Row::Port { http, tcp, prefixes, .. } => {
             let (mut v4, mut v6) = (0u64, [0u8; 17]);
             for net in prefixes {
@@ -230,12 +262,18 @@ pub(crate) fn value(row: &Row) -> Vec<u8> {
         }
         Row::Prefix { tcp, sni, .. } => {
             optional(&mut out, [tcp.as_ref(), None]);
-            out.varint(sni.len());
-            for (pattern, choice) in sni {
-                out.text(&pattern.to_string());
-                out.choice(choice, None);
-            }
+            server_names(&mut out, sni);
         }
+        Row::Table { body, .. } => {
+            return match body {
+                TableBody::Whole(routes) => [&[0], routes.as_slice()].concat(),
+                TableBody::Parts(parts) => {
+                    let parts = parts.iter().flat_map(|part| part.to_le_bytes());
+                    std::iter::once(1).chain(parts).collect()
+                }
+            };
+        }
+        Row::Routes { bytes, .. } => return bytes.clone(),
         Row::Globals(globals) => {
             let mode = match globals.catch_all {
                 CatchAll::Block => 0,
@@ -315,6 +353,8 @@ pub(crate) enum ClusterRef<'s> {
     Outbound,
     Forward,
     Named(&'s str),
+    /// The name of a table, or routes.
+    Routes(&'s [u8]),
 }
 
 impl<'s> ChoiceRef<'s> {
@@ -335,7 +375,8 @@ impl<'s> ChoiceRef<'s> {
         match self.at.first()? & FORM {
             OUTBOUND => Some(ClusterRef::Outbound),
             FORWARD => Some(ClusterRef::Forward),
-            _ => self.ids()?.2.text().map(ClusterRef::Named),
+            NAMED => self.ids()?.2.text().map(ClusterRef::Named),
+            _ => self.ids()?.2.bytes().map(ClusterRef::Routes),
         }
     }
 
@@ -385,7 +426,7 @@ impl<'s> Value<'s> {
             (&head, rest) if head & !FORWARD == FIRST_WON => c.0 = rest,
             (head, _) => {
                 *c = choice.ids()?.2;
-                if head & FORM == NAMED {
+                if head & FORM >= NAMED {
                     c.bytes()?;
                 }
             }
@@ -439,8 +480,8 @@ impl<'s> Value<'s> {
         Some(PortRef { v4, v6, tcp })
     }
 
-    /// A Prefix row's choice for a server name, if one matches: exact first, then the longest wildcard.
-    pub(crate) fn prefix_sni(&self, name: &[u8]) -> Option<ChoiceRef<'s>> {
+    /// A Prefix or Address row's choice for a server name, if one matches: exact first, then the longest wildcard.
+    pub(crate) fn server_name(&self, name: &[u8]) -> Option<ChoiceRef<'s>> {
         let mut c = self.rest;
         self.optional(&mut c)?;
         let mut best: Option<(usize, ChoiceRef<'s>)> = None;

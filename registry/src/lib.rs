@@ -16,8 +16,11 @@ pub mod lookup;
 pub mod name;
 pub mod object;
 pub mod page;
+pub mod route;
+pub mod routing;
 pub mod row;
 pub mod snapshot;
+mod wire;
 pub mod write;
 
 pub use encode::EncodeError;

@@ -10,6 +10,7 @@ use crate::decision::{Cluster, Decision, Reason, Rule, Verdict};
 use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_PORT, TAG_PREFIX, TAG_SUFFIX};
 use crate::encode::{Use, Value};
 use crate::name::{self, NameError};
+use crate::routing::Table;
 use crate::row::{CatchAll, Globals};
 use crate::snapshot::Snapshot;
 
@@ -53,6 +54,12 @@ impl Snapshot {
         let address = query.destination.ip().to_canonical();
         let port = query.destination.port();
         if let Some(value) = self.address(address, port) {
+            let mut buffer = None;
+            // Whoever asks for no name that could be gets what takes everything.
+            let sni = query.sni.filter(|sni| !sni.ends_with(b".")).and_then(|sni| name::normal(sni, &mut buffer).ok());
+            if let Some(choice) = sni.and_then(|name| value.server_name(name)) {
+                return route(Rule::Address, port, NO_HOST, choice);
+            }
             return match value.address() {
                 Some([_, Some(tcp)]) => route(Rule::Address, port, NO_HOST, tcp),
                 _ => self.unknown_connection(),
@@ -69,7 +76,7 @@ impl Snapshot {
             },
         };
         if let Some(prefix) = self.prefix(address, port, &listener) {
-            if let Some(choice) = sni.and_then(|name| prefix.prefix_sni(name)) {
+            if let Some(choice) = sni.and_then(|name| prefix.server_name(name)) {
                 return route(Rule::PrefixSni, port, NO_HOST, choice);
             }
             if let Some(choice) = prefix.prefix_tcp() {
@@ -188,6 +195,7 @@ fn route<'s>(rule: Rule, port: u16, pattern: Pattern<'s>, choice: ChoiceRef<'s>)
     let verdict = match choice.cluster() {
         Some(ClusterRef::Outbound) => Verdict::Route { cluster: own("outbound") },
         Some(ClusterRef::Forward) => Verdict::Route { cluster: own("forward") },
+        Some(ClusterRef::Routes(name)) => Verdict::Table { table: Table { name } },
         Some(ClusterRef::Named(name)) if !name.is_empty() => Verdict::Route { cluster: Cluster::whole(name) },
         _ => Verdict::Deny { status: 404 },
     };

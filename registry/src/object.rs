@@ -133,6 +133,13 @@ name!(
     |_| false
 );
 
+name!(
+    /// A route table's name.
+    TableName,
+    MAX_CLUSTER,
+    |_| false
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,9 @@ use ipnet::IpNet;
 
 use crate::name::HostPattern;
 use crate::object::{ClusterName, Namespace, ObjectName};
+use crate::route::{Route, TableBody};
+
+pub use crate::object::TableName;
 
 /// An object that a decision may name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,10 +41,21 @@ pub struct Choice {
     /// Cluster name. `outbound|PORT||HOST` of the row's own port and host costs nothing to store. Empty: there is no
     /// route, which is 404 for HTTP.
     pub cluster: ClusterName,
+    /// The routes that decide instead of one cluster, if there are any.
+    pub routes: Option<Routes>,
     /// The object that won.
     pub winner: Origin,
     /// Objects that claimed the same key and lost, in the order of precedence. At most [`MAX_LOSERS`] are kept.
     pub losers: Vec<Origin>,
+}
+
+/// The routes of a choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Routes {
+    /// Those of this table.
+    Table(TableName),
+    /// These.
+    Inline(Vec<Route>),
 }
 
 /// How many losers a row names.
@@ -80,6 +94,8 @@ pub enum Row {
         http: Option<Choice>,
         /// Chain that takes everything else. `None`: the catch-all.
         tcp: Option<Choice>,
+        /// Chains by server name, which go before it.
+        sni: Vec<(HostPattern, Choice)>,
     },
     /// The listener `0.0.0.0_port`.
     Port {
@@ -104,6 +120,22 @@ pub enum Row {
         tcp: Option<Choice>,
         /// Chains by server name.
         sni: Vec<(HostPattern, Choice)>,
+    },
+    /// A route table, or what it is made of.
+    Table {
+        /// Its name.
+        name: TableName,
+        /// Its routes.
+        body: TableBody,
+    },
+    /// A part of a table.
+    Routes {
+        /// The table.
+        table: TableName,
+        /// What its row calls the part.
+        digest: u64,
+        /// The routes.
+        bytes: Vec<u8>,
     },
     /// What holds for all.
     Globals(Globals),
@@ -141,6 +173,10 @@ pub enum RowKey {
     Port(u16),
     /// [`Row::Prefix`]
     Prefix(u16, IpNet),
+    /// [`Row::Table`]
+    Table(TableName),
+    /// [`Row::Routes`]
+    Routes(TableName, u64),
     /// [`Row::Globals`]
     Globals,
 }
@@ -153,6 +189,8 @@ impl Row {
             Row::Address { address, port, .. } => RowKey::Address(*address, *port),
             Row::Port { port, .. } => RowKey::Port(*port),
             Row::Prefix { port, net, .. } => RowKey::Prefix(*port, *net),
+            Row::Table { name, .. } => RowKey::Table(name.clone()),
+            Row::Routes { table, digest, .. } => RowKey::Routes(table.clone(), *digest),
             Row::Globals(_) => RowKey::Globals,
         }
     }

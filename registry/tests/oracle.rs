@@ -18,7 +18,12 @@ fn choice(cluster: String, name: &str) -> Choice {
         name: name.parse().expect("a name"),
         kind: OriginKind::ServiceEntry,
     };
-    Choice { cluster: cluster.parse().expect("a name"), winner: origin(name), losers: vec![origin("older")] }
+    Choice {
+        cluster: cluster.parse().expect("a name"),
+        routes: None,
+        winner: origin(name),
+        losers: vec![origin("older")],
+    }
 }
 
 fn host_row(pattern: &str, http: &[u16], sni: &[u16]) -> Row {
@@ -71,6 +76,7 @@ fn ask(snapshot: &Snapshot, name: &str, destination: SocketAddr, sni: bool) -> A
     };
     let verdict = match decision.verdict {
         Verdict::Route { cluster } => Ok(cluster.to_string()),
+        Verdict::Table { table } => Ok(format!("{table:?}")),
         Verdict::Deny { status } => Err(status),
     };
     Answer(verdict, decision.reason.rule)
@@ -79,7 +85,7 @@ fn ask(snapshot: &Snapshot, name: &str, destination: SocketAddr, sni: bool) -> A
 fn scan(rows: &[Row], name: &str, destination: SocketAddr, sni: bool) -> Answer {
     let port = destination.port();
     for row in rows {
-        if let Row::Address { address, port: p, http, tcp } = row
+        if let Row::Address { address, port: p, http, tcp, .. } = row
             && *p == port
             && *address == destination.ip()
         {
@@ -228,7 +234,7 @@ fn row() -> impl Strategy<Value = Row> {
                 sni: sni.into_iter().map(|(p, c)| (p.parse().expect("a pattern"), c)).collect(),
             }),
         1 => (net(), port(), made("v")).prop_map(|(n, port, c)| Row::Address {
-            address: n.addr(), port, http: None, tcp: Some(c),
+            address: n.addr(), port, http: None, tcp: Some(c), sni: vec![],
         }),
     ]
 }
@@ -348,6 +354,7 @@ fn the_proxy_port_takes_the_port_from_the_authority() {
         .verdict
     {
         Verdict::Route { cluster } => cluster.to_string(),
+        Verdict::Table { table } => format!("{table:?}"),
         Verdict::Deny { status } => status.to_string(),
     };
     assert_eq!(ask("a.example.com", false), "forward|80||a.example.com");

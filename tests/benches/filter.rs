@@ -26,6 +26,7 @@ fn name<T: FromStr<Err: Debug>>(text: &str) -> T {
 fn row(i: usize) -> Row {
     let pattern = format!("host-{i}.example.com");
     let choice = Choice {
+        routes: None,
         cluster: name(&format!("outbound|80||{pattern}")),
         winner: Origin {
             namespace: name("default"),

@@ -28,7 +28,7 @@ fn choice(cluster: &str) -> Option<Choice> {
         name: "entry".parse().expect("a name"),
         kind: OriginKind::ServiceEntry,
     };
-    Some(Choice { cluster: cluster.parse().expect("a name"), winner, losers: Vec::new() })
+    Some(Choice { cluster: cluster.parse().expect("a name"), routes: None, winner, losers: Vec::new() })
 }
 
 fn host(pattern: &str, cluster: &str) -> Row {

@@ -69,7 +69,10 @@ pub fn read(root: &Node, issues: &mut Vec<Issue>) -> MeshConfig {
                     Err(message) => issues.push(Issue::refused("trust-domain", path, message)),
                 }
             }
-            "defaultServiceExportTo" | "default_service_export_to" => {
+            "defaultServiceExportTo"
+            | "default_service_export_to"
+            | "defaultVirtualServiceExportTo"
+            | "default_virtual_service_export_to" => {
                 let entries = decode::strings(value, &path, issues);
                 for (index, entry) in entries.iter().enumerate() {
                     if !matches!(entry.as_str(), "." | "*" | "~") && !predicates::is_dns_label(entry) {
@@ -77,8 +80,13 @@ pub fn read(root: &Node, issues: &mut Vec<Issue>) -> MeshConfig {
                         issues.push(Issue::refused("export-entry", path.item(index), message));
                     }
                 }
+                let virtual_service = field.key.contains("irtual");
+                let default = match virtual_service {
+                    true => &mut mesh.default_virtual_service_export_to,
+                    false => &mut mesh.default_service_export_to,
+                };
                 if !entries.is_empty() {
-                    mesh.default_service_export_to = entries;
+                    *default = entries;
                 }
             }
             "connectTimeout" | "connect_timeout" => {

@@ -1,17 +1,20 @@
 //! What one host name puts into listeners and virtual hosts: filter chains (SEMANTICS 3.2, 3.3, 3.6, 3.7) and domains
 //! (1.5).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
 use portolan_registry::object::ClusterName;
 use portolan_registry::row::{Choice, MAX_LOSERS, Origin, RowKey};
 
+use super::l4_routes::L4;
 use super::service::{
     Addr, Context, HostPortOwner, Member, Order, Resolved, Source, Spoken, alternate_hosts, http_class, tls_class,
 };
+use super::virtual_services::{Routed, VirtualServices};
 use crate::cluster::endpoints::{Workloads, host_endpoints};
 use crate::cluster::{forward_name, outbound_name};
 use crate::model::{Protocol, Resolution};
@@ -39,6 +42,10 @@ pub(crate) struct Chain {
     pub(crate) bind: Bind,
     /// Server name that the TCP chain asks for.
     pub(crate) sni: Option<HostPattern>,
+    /// Destinations that a chain of an address asks for besides.
+    pub(crate) within: Option<IpNet>,
+    /// Where a VirtualService sends it.
+    pub(crate) routed: Option<Arc<Choice>>,
     /// A chain for plain-text HTTP.
     pub(crate) http: bool,
     /// A chain for everything else.
@@ -65,6 +72,16 @@ pub(crate) struct Domain {
     pub(crate) of: Option<usize>,
 }
 
+/// What the chains of a host name depend on beside the name's own objects.
+#[derive(Clone, Copy)]
+pub(crate) struct Around<'a> {
+    pub(crate) members: &'a [Member],
+    pub(crate) workloads: &'a Workloads,
+    pub(crate) virtual_services: &'a VirtualServices,
+    pub(crate) only_port: &'a dyn Fn(&str) -> Option<u16>,
+    pub(crate) cx: &'a Context,
+}
+
 /// All that one host name claims.
 #[derive(Debug, Clone)]
 pub(crate) struct Group {
@@ -72,22 +89,34 @@ pub(crate) struct Group {
     pub(crate) resolved: Resolved,
     pub(crate) chains: Vec<Chain>,
     pub(crate) domains: Vec<Domain>,
+    /// Route tables, by port.
+    pub(crate) routed: BTreeMap<u16, Routed>,
     /// Partial wildcards that a TLS port cannot match: origin and pattern.
     pub(crate) dropped: Vec<(Origin, String)>,
 }
 
 impl Group {
-    pub(crate) fn new(key: &str, resolved: Resolved, members: &[Member], workloads: &Workloads, cx: &Context) -> Self {
-        let mut group =
-            Group { pattern: key.parse().ok(), resolved, chains: Vec::new(), domains: Vec::new(), dropped: Vec::new() };
+    pub(crate) fn new(key: &str, resolved: Resolved, around: &Around<'_>) -> Self {
+        let Around { virtual_services, cx, .. } = *around;
+        let ports = resolved.ports.iter().filter(|owner| owner.http.is_some()).map(|owner| owner.number);
+        let routed = ports.filter_map(|port| Some((port, virtual_services.assigned(key, port)?.clone()))).collect();
+        let mut group = Group {
+            pattern: key.parse().ok(),
+            resolved,
+            chains: Vec::new(),
+            domains: Vec::new(),
+            routed,
+            dropped: Vec::new(),
+        };
         group.domains = domains(key, &group.resolved, cx);
         for index in 0..group.resolved.services.len() {
-            group.add_chains(index, members, workloads, cx);
+            group.add_chains(index, around);
         }
         group
     }
 
-    fn add_chains(&mut self, index: usize, members: &[Member], workloads: &Workloads, cx: &Context) {
+    fn add_chains(&mut self, index: usize, around: &Around<'_>) {
+        let Around { members, workloads, cx, .. } = *around;
         let Some(service) = self.resolved.services.get(index).cloned() else { return };
         for port in service.ports() {
             let blank = Chain {
@@ -97,6 +126,8 @@ impl Group {
                 protocol: port.protocol,
                 bind: Bind::Wildcard,
                 sni: None,
+                within: None,
+                routed: None,
                 http: false,
                 tcp: false,
             };
@@ -110,23 +141,69 @@ impl Group {
             for (address, addr) in (0..).zip(&service.addresses) {
                 let chain = Chain { address, http, tcp: true, ..blank.clone() };
                 match addr {
-                    Addr::Ip(ip, _) => self.chains.push(Chain { bind: Bind::Address(*ip), ..chain }),
+                    Addr::Ip(ip, _) => self.put(&service, Chain { bind: Bind::Address(*ip), ..chain }, around),
                     Addr::Net(net) => {
                         let chain = Chain { bind: Bind::Net(*net), ..chain };
-                        self.with_server_names(&service, chain, cx);
+                        self.put(&service, chain, around);
                     }
                     Addr::Any => match headless(&service, port.number, members, workloads) {
                         Some(ips) => {
                             let own: BTreeSet<IpAddr> = cx.scope.ips.iter().filter_map(|i| i.parse().ok()).collect();
                             for ip in ips.difference(&own) {
-                                self.chains.push(Chain { bind: Bind::Address(*ip), ..chain.clone() });
+                                self.put(&service, Chain { bind: Bind::Address(*ip), ..chain.clone() }, around);
                             }
                         }
-                        None => self.with_server_names(&service, chain, cx),
+                        None => self.put(&service, chain, around),
                     },
                 }
             }
         }
+    }
+
+    /// The chains of VirtualServices, then the service's own where those leave it.
+    fn put(&mut self, service: &Spoken, chain: Chain, around: &Around<'_>) {
+        let l4 = L4 {
+            cx: around.cx,
+            seen: around.virtual_services.seen(chain.port),
+            host: &service.member.host,
+            port: chain.port,
+            only_port: around.only_port,
+        };
+        let own = if tls_class(chain.protocol) {
+            let some = l4.tls(&chain);
+            let own = some.is_empty();
+            for routed in some {
+                match &routed.sni {
+                    Some(HostPattern::Suffix(suffix)) if !suffix.starts_with('.') => {
+                        let pattern = format!("*{suffix}");
+                        self.dropped.extend(routed.routed.map(|choice| (choice.winner.clone(), pattern)));
+                    }
+                    _ => self.chains.push(routed),
+                }
+            }
+            own
+        } else {
+            let (some, own) = l4.tcp(&chain);
+            let instead = !some.is_empty() && !own;
+            if instead && chain.http {
+                // The half of the port that is HTTP stays.
+                self.chains.push(Chain { tcp: false, ..chain.clone() });
+            }
+            self.chains.extend(some.into_iter().map(|routed| Chain { http: false, ..routed }));
+            own
+        };
+        match own {
+            true if matches!(chain.bind, Bind::Address(_)) => self.chains.push(chain),
+            true => self.with_server_names(service, chain, around.cx),
+            false => {}
+        }
+    }
+
+    /// Where a VirtualService sends what no other chain of a port takes.
+    pub(crate) fn everything(&self, port: u16, of: &Order) -> Option<&Choice> {
+        let all = |c: &&Chain| c.port == port && c.tcp && c.sni.is_none() && c.bind == Bind::Wildcard;
+        let mut chains = self.chains.iter().filter(all).filter(|c| self.order(c).as_ref() == Some(of));
+        chains.next()?.routed.as_deref()
     }
 
     /// TLS chains ask for the host's server names; all others, and TLS of host `*`, take what comes.
@@ -227,7 +304,7 @@ impl Group {
                 losers.push(origin);
             }
         }
-        Some(Choice { cluster, winner, losers })
+        Some(Choice { cluster, routes: None, winner, losers })
     }
 
     /// The virtual host of a port, for the host name (`None`) or for an address of this service.
@@ -237,12 +314,23 @@ impl Group {
         if of.is_some_and(|of| of != http) {
             return None;
         }
+        if let Some(routed) = self.routed.get(&port) {
+            return Some(routed.choice());
+        }
         self.choice(owner, self.cluster(port))
+    }
+
+    /// Ports with a virtual host.
+    pub(crate) fn http_ports(&self) -> Vec<u16> {
+        self.resolved.ports.iter().filter(|owner| owner.http.is_some()).map(|owner| owner.number).collect()
     }
 
     /// What the HTTP proxy port does: an entry without endpoints is dialled by the name asked for.
     pub(crate) fn proxy_choice(&self, port: u16) -> Option<Choice> {
         let owner = self.owner(port)?;
+        if let Some(routed) = self.routed.get(&port) {
+            return Some(routed.choice());
+        }
         let base = self.service(owner.base)?;
         let cluster = match base.member.source.resolution() {
             Resolution::None => forward_name(port, &base.member.host),

@@ -6,11 +6,15 @@
 //! of the keys that either touched; nothing else is looked at.
 
 mod chains;
+mod delegates;
+mod http_routes;
+mod l4_routes;
 mod ports;
 mod rows;
 pub mod rules;
 pub(crate) mod service;
 pub mod sidecar;
+mod virtual_services;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -21,11 +25,12 @@ use portolan_registry::object::{ClusterName, Namespace};
 use portolan_registry::row::{CatchAll, Choice, Globals, Origin, Row, RowKey};
 use portolan_registry::write::{self, PageId, Writer};
 
-use self::chains::Group;
+use self::chains::{Around, Group};
 use self::ports::PortState;
 use self::rules::Rules;
 use self::service::{Context, Member, Source, group_key, kube_host};
 use self::sidecar::Sidecars;
+use self::virtual_services::VirtualServices;
 use crate::api::destination_rule::DestinationRule;
 use crate::cluster::{self, endpoints::Workloads};
 use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
@@ -92,6 +97,9 @@ pub struct Compiler {
     sidecars: Sidecars,
     policy_changed: bool,
     rules: Rules,
+    virtual_services: VirtualServices,
+    /// HTTP ports of each host, where VirtualServices ask for them.
+    http_ports: HashMap<Arc<str>, Vec<u16>>,
     objects: HashMap<ObjectKey, Object>,
     hosts: HashMap<Arc<str>, HostState>,
     workloads: Workloads,
@@ -128,6 +136,8 @@ impl Compiler {
             sidecars: Sidecars::default(),
             policy_changed: false,
             rules: Rules::default(),
+            virtual_services: VirtualServices::default(),
+            http_ports: HashMap::new(),
             dirty_clusters: BTreeSet::new(),
             objects: HashMap::new(),
             hosts: HashMap::new(),
@@ -171,6 +181,7 @@ impl Compiler {
         }
         self.cx.imports = imports;
         self.policy_changed = true;
+        self.virtual_services.dirty = true;
     }
 
     /// Says that the subscriber's names are resolved by a DNS proxy that answers with auto-allocated addresses. To be
@@ -244,6 +255,9 @@ impl Compiler {
             self.rules.insert(rule);
             return self.touch_clusters(rule);
         }
+        if let Object::VirtualService(object) = object {
+            return self.virtual_services.insert(object);
+        }
         for (key, member, alias) in self.members(object) {
             self.touch(&key);
             if member.source.is_kube() || selects(&member.source) {
@@ -265,6 +279,9 @@ impl Compiler {
         if let Object::DestinationRule(rule) = object {
             self.rules.remove(rule);
             return self.touch_clusters(rule);
+        }
+        if let Object::VirtualService(object) = object {
+            return self.virtual_services.remove(object);
         }
         let gone = object.key();
         for (key, member, _) in self.members(object) {
@@ -336,7 +353,15 @@ impl Compiler {
     fn group(&self, key: &str) -> Option<Group> {
         let state = self.hosts.get(key)?;
         let resolved = service::resolve(&state.members, &state.aliases, &self.cx)?;
-        Some(Group::new(key, resolved, &state.members, &self.workloads, &self.cx))
+        let only_port = |host: &str| only_port(&self.hosts, &self.cx, host);
+        let around = Around {
+            members: &state.members,
+            workloads: &self.workloads,
+            virtual_services: &self.virtual_services,
+            only_port: &only_port,
+            cx: &self.cx,
+        };
+        Some(Group::new(key, resolved, &around))
     }
 
     /// Brings pages and plans up to date.
@@ -346,16 +371,22 @@ impl Compiler {
             self.put_policy();
             update.plans.push(0);
         }
+        let began = self.virtual_services.dirty;
+        if began {
+            self.review_virtual_services();
+        }
         let dirty = std::mem::take(&mut self.dirty_hosts);
         for key in &dirty {
             if self.hosts.get(key).is_some_and(|s| s.members.is_empty() && s.aliases.is_empty()) {
                 self.hosts.remove(key);
             }
+            self.http_ports.remove(key);
             if let Ok(pattern) = key.parse() {
                 self.dirty_rows.insert(RowKey::Host(pattern));
             }
             let Some(group) = self.group(key) else { continue };
             self.note_refusals(key, &group, &mut update.conflicts);
+            self.http_ports.insert(key.clone(), group.http_ports());
             for row in group.foreign_rows() {
                 self.claimants.entry(row.clone()).or_default().insert(key.clone());
                 self.dirty_rows.insert(row);
@@ -365,13 +396,19 @@ impl Compiler {
                 self.dirty_ports.insert(port);
             }
         }
+        if !self.virtual_services.is_idle() || began {
+            self.assign_virtual_services(&dirty, &mut update.conflicts);
+        }
         self.settle_ports();
         for key in std::mem::take(&mut self.dirty_rows) {
             let row = self.row(&key);
             match &key {
                 RowKey::Address(address, port) => {
-                    let http = row.as_ref().map(|r| matches!(r, Row::Address { http: Some(_), .. }));
-                    self.ports.entry(*port).or_default().set_address(*address, http);
+                    let told_apart = row.as_ref().map(|r| match r {
+                        Row::Address { http, sni, .. } => Inspection { http: http.is_some(), tls: !sni.is_empty() },
+                        _ => Inspection::default(),
+                    });
+                    self.ports.entry(*port).or_default().set_address(*address, told_apart);
                     self.dirty_ports.insert(*port);
                 }
                 RowKey::Prefix(port, net) => {
@@ -390,6 +427,37 @@ impl Compiler {
         let clusters = std::mem::take(&mut self.dirty_clusters);
         update.hosts = dirty.union(&clusters).cloned().collect();
         update
+    }
+
+    /// Other VirtualServices count: what the hosts claim that they are about is withdrawn, to be made anew.
+    fn review_virtual_services(&mut self) {
+        let keys: Vec<Arc<str>> = self.hosts.keys().cloned().collect();
+        let (views, changed) = self.virtual_services.review(&self.cx);
+        for key in keys {
+            if changed.iter().any(|one| one.is_about(&key)) {
+                self.touch(&key);
+            }
+        }
+        self.virtual_services.see(views);
+    }
+
+    /// Gives hosts and ports their route tables.
+    fn assign_virtual_services(&mut self, dirty: &BTreeSet<Arc<str>>, conflicts: &mut Vec<Conflict>) {
+        let (hosts, cx) = (&self.hosts, &self.cx);
+        let only_port = |host: &str| only_port(hosts, cx, host);
+        let changed = self.virtual_services.assign(cx, &self.http_ports, dirty, &only_port);
+        for key in changed.hosts {
+            let Some(group) = self.group(&key) else { continue };
+            self.dirty_rows.extend(group.pattern.clone().map(RowKey::Host));
+            self.dirty_rows.extend(group.foreign_rows());
+        }
+        self.dirty_rows.extend(changed.only.iter().filter_map(|host| host.parse().ok()).map(RowKey::Host));
+        for key in changed.gone {
+            self.writer.remove(&key);
+        }
+        for row in changed.put {
+            self.put(&row.key(), Some(&row), conflicts);
+        }
     }
 
     /// Where a port changes hands between protocols, every row that its claims make is made anew.
@@ -415,11 +483,12 @@ impl Compiler {
         match key {
             RowKey::Host(pattern) => {
                 let own = self.group(&pattern.to_string());
-                rows::host(pattern, own.as_ref(), &others, mode)
+                let only = self.virtual_services.only(&pattern.to_string());
+                rows::host(pattern, own.as_ref(), &others, only, mode)
             }
             RowKey::Address(address, port) => rows::address(*address, *port, &others),
             RowKey::Prefix(port, net) => rows::prefix(*port, *net, &others, mode(*port)),
-            RowKey::Port(_) | RowKey::Globals => None,
+            RowKey::Port(_) | RowKey::Globals | RowKey::Table(_) | RowKey::Routes(..) => None,
         }
     }
 
@@ -427,9 +496,13 @@ impl Compiler {
         let Some(state) = self.ports.get(&port) else { return };
         let origins = |o: &service::Order| o.member.source.origin();
         let tcp = state.everything().next().map(|first| {
-            let cluster =
-                self.group(&group_key(&first.member.host)).map_or_else(ClusterName::default, |g| g.cluster(port));
-            rows::decide(cluster, origins(first), state.everything().skip(1).map(origins))
+            let group = self.group(&group_key(&first.member.host));
+            let cluster = group.as_ref().map_or_else(ClusterName::default, |g| g.cluster(port));
+            let chosen = rows::decide(cluster, origins(first), state.everything().skip(1).map(origins));
+            match group.as_ref().and_then(|g| g.everything(port, first)) {
+                Some(routed) => Choice { losers: chosen.losers, ..routed.clone() },
+                None => chosen,
+            }
         });
         let kept_out: Vec<Origin> = state.kept_out().take(16).map(origins).collect();
         if !kept_out.is_empty() {
@@ -515,6 +588,16 @@ impl Compiler {
     }
 }
 
+/// The port of a host that has just one.
+fn only_port(hosts: &HashMap<Arc<str>, HostState>, cx: &Context, host: &str) -> Option<u16> {
+    let state = hosts.get(&*group_key(host))?;
+    let resolved = service::resolve(&state.members, &state.aliases, cx)?;
+    match resolved.ports.as_slice() {
+        [only] => Some(only.number),
+        _ => None,
+    }
+}
+
 /// Does the source take workloads for endpoints?
 fn selects(source: &Source) -> bool {
     match source {
@@ -550,6 +633,6 @@ fn note_losers(row: &Row, conflicts: &mut Vec<Conflict>) {
             }
         }
         Row::Port { port, tcp, .. } => note(format!("port {port}"), ConflictRule::Port, tcp.as_ref()),
-        Row::Globals(_) => {}
+        Row::Globals(_) | Row::Table { .. } | Row::Routes { .. } => {}
     }
 }

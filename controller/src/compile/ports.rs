@@ -52,8 +52,8 @@ pub(crate) struct PortState {
     mode: Mode,
     /// Prefixes that have a row, and whether server names are asked for there.
     nets: BTreeMap<IpNet, bool>,
-    /// Addresses that have a row, and whether plain-text HTTP is told apart there.
-    addresses: BTreeMap<IpAddr, bool>,
+    /// Addresses that have a row, and what is told apart there.
+    addresses: BTreeMap<IpAddr, Inspection>,
 }
 
 impl PortState {
@@ -126,9 +126,9 @@ impl PortState {
     }
 
     /// Notes what became of the row of an address.
-    pub(crate) fn set_address(&mut self, address: IpAddr, http: Option<bool>) {
-        match http {
-            Some(http) => drop(self.addresses.insert(address, http)),
+    pub(crate) fn set_address(&mut self, address: IpAddr, told_apart: Option<Inspection>) {
+        match told_apart {
+            Some(told_apart) => drop(self.addresses.insert(address, told_apart)),
             None => drop(self.addresses.remove(&address)),
         }
     }
@@ -150,9 +150,9 @@ impl PortState {
             addresses: self
                 .addresses
                 .iter()
-                .map(|(address, http)| AddressListener {
+                .map(|(address, told_apart)| AddressListener {
                     address: address.to_string(),
-                    inspection: Some(Inspection { tls: false, http: *http }),
+                    inspection: Some(*told_apart),
                 })
                 .collect(),
             dials_server_names: dials,

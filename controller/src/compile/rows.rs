@@ -12,6 +12,7 @@ use portolan_registry::row::{Choice, HostPort, MAX_LOSERS, Origin, Row};
 use super::chains::{Bind, Chain, Group};
 use super::ports::Mode;
 use super::service::Order;
+use super::virtual_services::Routed;
 use crate::model::Protocol;
 
 /// A chain with its place in the order and the group that it is from.
@@ -22,6 +23,7 @@ pub(crate) fn host(
     pattern: &HostPattern,
     own: Option<&Group>,
     others: &[Arc<Group>],
+    only: Option<&BTreeMap<u16, Routed>>,
     mode: impl Fn(u16) -> Mode,
 ) -> Option<Row> {
     let mut ports: BTreeMap<u16, HostPort> = BTreeMap::new();
@@ -32,6 +34,17 @@ pub(crate) fn host(
     for group in further {
         let of = group.domains.iter().filter(|d| d.pattern == *pattern).map(|d| d.of).collect();
         groups.push((group, Some(of)));
+    }
+    // A name that a VirtualService brings is of nobody's but as a further domain: there the first VirtualService has it.
+    for (number, routed) in only.into_iter().flatten() {
+        let slot = ports.entry(*number).or_insert_with(|| HostPort { port: *number, ..HostPort::default() });
+        let before = |group: &&(&Group, Option<Vec<Option<usize>>>)| {
+            let taken = group.1.iter().flatten().any(|of| group.0.http_choice(*number, *of).is_some());
+            taken && group.0.routed.get(number).is_some_and(|other| other.order < routed.order)
+        };
+        let first = groups.iter().filter(before).filter_map(|g| g.0.routed.get(number)).min_by_key(|r| r.order);
+        slot.http = Some(first.unwrap_or(routed).choice());
+        slot.proxy.clone_from(&slot.http);
     }
     for (group, domains) in &groups {
         for owner in &group.resolved.ports {
@@ -46,37 +59,47 @@ pub(crate) fn host(
             };
             claim(&mut slot.http, http);
             claim(&mut slot.proxy, proxy);
-            claim(&mut slot.sni, server_name(group, pattern, number, mode(number)));
         }
+    }
+    let all: Vec<&Group> = groups.iter().map(|(group, _)| *group).collect();
+    for slot in ports.values_mut() {
+        slot.sni = server_name(&all, pattern, slot.port, mode(slot.port));
     }
     let ports: Vec<HostPort> =
         ports.into_values().filter(|p| p.http.is_some() || p.sni.is_some() || p.proxy.is_some()).collect();
     (!ports.is_empty()).then(|| Row::Host { pattern: pattern.clone(), ports })
 }
 
-/// The chain of a group that asks for this server name and for no destination.
-fn server_name(group: &Group, pattern: &HostPattern, port: u16, mode: Mode) -> Option<Choice> {
-    let chains = group.chains.iter().filter(|c| {
+/// The oldest chain that asks for this server name and for no destination.
+fn server_name(groups: &[&Group], pattern: &HostPattern, port: u16, mode: Mode) -> Option<Choice> {
+    first(&ranked(groups.iter().copied(), |c| {
         c.port == port && c.bind == Bind::Wildcard && c.sni.as_ref() == Some(pattern) && mode.takes(c.protocol)
-    });
-    let mut ranked: Vec<Ranked<'_>> = chains.filter_map(|c| Some((group.order(c)?, c, group))).collect();
-    ranked.sort_by(|a, b| a.0.cmp(&b.0));
-    first(&ranked)
+    }))
 }
 
 /// The row of a listener of one address; none where nothing claims it.
 pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Option<Row> {
-    let ranked = ranked(groups, |c| c.port == port && c.bind == Bind::Address(address));
+    let groups = || groups.iter().map(Arc::as_ref);
+    let mut ranked = ranked(groups(), |c| c.port == port && c.bind == Bind::Address(address));
     let mode = Mode::of(ranked.first()?.1.protocol);
-    let ranked: Vec<Ranked<'_>> = ranked.into_iter().filter(|(_, c, _)| mode.takes(c.protocol)).collect();
+    ranked.retain(|(_, c, _)| mode.takes(c.protocol));
+    // The destination is known: of the chains that ask for one, those of the longest prefix that holds it are left.
+    ranked.retain(|(_, c, _)| c.within.is_none_or(|net| net.contains(&address)));
+    let longest = |c: &Chain| c.within.map(|net| net.prefix_len());
+    let deepest = ranked.iter().map(|(_, c, _)| longest(c)).max().flatten();
+    ranked.retain(|(_, c, _)| longest(c) == deepest);
     let sniffed: Vec<Ranked<'_>> = ranked.iter().filter(|(_, c, _)| c.http).cloned().collect();
     let http = first(&sniffed).map(|mut choice| {
         if sniffed.first().is_some_and(|(_, chain, group)| !single_route(group, chain)) {
             choice.cluster = ClusterName::default();
+        } else if let Some(routed) = sniffed.first().and_then(|(_, chain, group)| group.routed.get(&chain.port)) {
+            choice = routed.choice();
         }
         choice
     });
-    Some(Row::Address { address, port, http, tcp: first(&ranked) })
+    let (plain, sni) = by_server_name(&ranked);
+    let plain: Vec<Ranked<'_>> = plain.into_iter().filter(|(_, c, _)| c.tcp).collect();
+    Some(Row::Address { address, port, http, tcp: first(&plain), sni })
 }
 
 /// Whether the sniffed listeners of a host name have the one virtual host that they are to have. Istio names their
@@ -91,25 +114,32 @@ fn single_route(group: &Group, chain: &Chain) -> bool {
 
 /// The row of a destination prefix; none where nothing claims it.
 pub(crate) fn prefix(port: u16, net: IpNet, groups: &[Arc<Group>], mode: Mode) -> Option<Row> {
+    let groups = groups.iter().map(Arc::as_ref);
     let ranked = ranked(groups, |c| c.port == port && c.bind == Bind::Net(net) && mode.takes(c.protocol));
     if ranked.is_empty() {
         return None;
     }
-    let (plain, named): (Vec<Ranked<'_>>, Vec<Ranked<'_>>) = ranked.into_iter().partition(|(_, c, _)| c.sni.is_none());
-    let mut by_name: BTreeMap<&HostPattern, Vec<Ranked<'_>>> = BTreeMap::new();
-    for entry in &named {
-        if let Some(sni) = &entry.1.sni {
-            by_name.entry(sni).or_default().push(entry.clone());
-        }
-    }
-    let sni = by_name.into_iter().filter_map(|(name, list)| Some((name.clone(), first(&list)?))).collect();
+    let (plain, sni) = by_server_name(&ranked);
     Some(Row::Prefix { port, net, tcp: first(&plain), sni })
 }
 
-fn ranked<'g>(groups: &'g [Arc<Group>], wanted: impl Fn(&Chain) -> bool) -> Vec<Ranked<'g>> {
+/// Chains without a server name, and who has each server name.
+fn by_server_name<'g>(ranked: &[Ranked<'g>]) -> (Vec<Ranked<'g>>, Vec<(HostPattern, Choice)>) {
+    let mut plain = Vec::new();
+    let mut by_name: BTreeMap<&HostPattern, Vec<Ranked<'_>>> = BTreeMap::new();
+    for entry in ranked {
+        match &entry.1.sni {
+            Some(sni) => by_name.entry(sni).or_default().push(entry.clone()),
+            None => plain.push(entry.clone()),
+        }
+    }
+    let sni = by_name.into_iter().filter_map(|(name, list)| Some((name.clone(), first(&list)?))).collect();
+    (plain, sni)
+}
+
+fn ranked<'g>(groups: impl Iterator<Item = &'g Group>, wanted: impl Fn(&Chain) -> bool) -> Vec<Ranked<'g>> {
     let mut out: Vec<Ranked<'g>> = groups
-        .iter()
-        .flat_map(|g| g.chains.iter().filter(|c| wanted(c)).map(move |c| (c, g.as_ref())))
+        .flat_map(|g| g.chains.iter().filter(|c| wanted(c)).map(move |c| (c, g)).collect::<Vec<_>>())
         .filter_map(|(c, g)| Some((g.order(c)?, c, g)))
         .collect();
     out.sort_by(|a, b| a.0.cmp(&b.0));
@@ -120,7 +150,13 @@ fn ranked<'g>(groups: &'g [Arc<Group>], wanted: impl Fn(&Chain) -> bool) -> Vec<
 fn first(ranked: &[Ranked<'_>]) -> Option<Choice> {
     let ((order, chain, group), rest) = ranked.split_first()?;
     let origins = rest.iter().map(|(o, _, _)| o.member.source.origin());
-    Some(decide(group.cluster(chain.port), order.member.source.origin(), origins))
+    Some(match &chain.routed {
+        Some(routed) => {
+            let losers = decide(ClusterName::default(), routed.winner.clone(), origins).losers;
+            Choice { losers, ..Choice::clone(routed) }
+        }
+        None => decide(group.cluster(chain.port), order.member.source.origin(), origins),
+    })
 }
 
 /// A choice with its losers, each named once.
@@ -134,7 +170,7 @@ pub(crate) fn decide(cluster: ClusterName, winner: Origin, rest: impl Iterator<I
             losers.push(origin);
         }
     }
-    Choice { cluster, winner, losers }
+    Choice { cluster, routes: None, winner, losers }
 }
 
 /// Fills a slot, or joins the losers of the one who has it.

@@ -138,6 +138,12 @@ impl Listener {
         Listener { port, hosts, excluded }
     }
 
+    /// Whether it imports a VirtualService of that namespace with these hosts: one that has names in common is enough.
+    pub(crate) fn imports_any(&self, namespace: &str, hosts: &[String]) -> bool {
+        let entries = self.hosts.iter().filter(|entry| entry.namespace.as_deref().is_none_or(|of| of == namespace));
+        entries.into_iter().any(|entry| hosts.iter().any(|host| predicates::hosts_match(host, &entry.name)))
+    }
+
     /// Whether it imports a service of that namespace and host.
     pub(crate) fn imports(&self, namespace: &str, host: &str) -> bool {
         let within = |list: &[Host]| {

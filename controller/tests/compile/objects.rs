@@ -203,6 +203,7 @@ impl World {
 pub fn said(decision: &Decision<'_>) -> String {
     match &decision.verdict {
         Verdict::Route { cluster } => cluster.to_string(),
+        Verdict::Table { table } => format!("{table:?}"),
         Verdict::Deny { status } => status.to_string(),
     }
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Host, Level, MetricKind, Result, Status, pairs};
+use super::{Answer, Host, Level, MetricKind, Result, Status, pairs};
 
 /// Something the filter had the host do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +19,16 @@ pub enum Call {
     Remove(Vec<u8>),
     /// A header set.
     Replace(String, Vec<u8>),
+    /// A header added.
+    Add(String, Vec<u8>),
+    /// A header of the response set.
+    ReplaceResponse(String, Vec<u8>),
+    /// A header of the response added.
+    AddResponse(String, Vec<u8>),
+    /// A header of the response removed.
+    RemoveResponse(String),
+    /// An answer to the request.
+    Answer(Answer),
     /// An answer to the request: status, details, body.
     Respond(u16, String, String),
     /// The request reset.
@@ -60,7 +70,7 @@ pub struct Fake {
 
 impl Fake {
     /// Names of the calls that can fail.
-    pub const FALLIBLE: [&'static str; 21] = [
+    pub const FALLIBLE: [&'static str; 26] = [
         "log_level",
         "now",
         "set_tick",
@@ -71,6 +81,11 @@ impl Fake {
         "request_headers",
         "replace_request_header",
         "remove_request_header",
+        "add_request_header",
+        "answer",
+        "replace_response_header",
+        "add_response_header",
+        "remove_response_header",
         "local_response",
         "reset_request",
         "close_downstream",
@@ -192,6 +207,26 @@ impl Host for Fake {
 
     fn remove_request_header(&self, name: &[u8]) -> Result {
         self.did("remove_request_header", Call::Remove(name.to_vec()))
+    }
+
+    fn add_request_header(&self, name: &str, value: &[u8]) -> Result {
+        self.did("add_request_header", Call::Add(name.to_owned(), value.to_vec()))
+    }
+
+    fn answer(&self, answer: &Answer) -> Result {
+        self.did("answer", Call::Answer(answer.clone()))
+    }
+
+    fn replace_response_header(&self, name: &str, value: &[u8]) -> Result {
+        self.did("replace_response_header", Call::ReplaceResponse(name.to_owned(), value.to_vec()))
+    }
+
+    fn add_response_header(&self, name: &str, value: &[u8]) -> Result {
+        self.did("add_response_header", Call::AddResponse(name.to_owned(), value.to_vec()))
+    }
+
+    fn remove_response_header(&self, name: &str) -> Result {
+        self.did("remove_response_header", Call::RemoveResponse(name.to_owned()))
     }
 
     fn local_response(&self, status: u16, details: &str, body: &str) -> Result {

@@ -57,15 +57,14 @@ impl<'b> Iterator for Pairs<'b> {
 }
 
 /// Writes a map.
-#[cfg(any(test, feature = "fake"))]
-pub fn write(pairs: &[(Vec<u8>, Vec<u8>)]) -> Vec<u8> {
+pub fn write<N: AsRef<[u8]>>(pairs: &[(N, Vec<u8>)]) -> Vec<u8> {
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
     let mut out = number(pairs.len()).to_vec();
     for (name, value) in pairs {
-        out.extend(number(name.len()));
+        out.extend(number(name.as_ref().len()));
         out.extend(number(value.len()));
     }
-    for part in pairs.iter().flat_map(|(name, value)| [name, value]) {
+    for part in pairs.iter().flat_map(|(name, value)| [name.as_ref(), value.as_slice()]) {
         out.extend(part);
         out.push(0);
     }

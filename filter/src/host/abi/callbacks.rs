@@ -75,12 +75,17 @@ extern "C" fn proxy_on_grpc_close(_context: u32, token: u32, status: u32) {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn proxy_on_request_headers(_context: u32, _headers: u32, _end: u32) -> u32 {
+extern "C" fn proxy_on_request_headers(context: u32, _headers: u32, _end: u32) -> u32 {
     let refuse = || {
         let _ = Abi.local_response(503, "portolan_host_failure", "portolan: the host calls back out of turn\n");
         Action::Pause
     };
-    enter(Vm::on_request_headers, refuse) as u32
+    enter(|vm| vm.on_request_headers(context), refuse) as u32
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn proxy_on_response_headers(context: u32, _headers: u32, _end: u32) -> u32 {
+    enter(|vm| vm.on_response_headers(context), || Action::Continue) as u32
 }
 
 #[unsafe(no_mangle)]

@@ -4,11 +4,12 @@
 use std::ptr::null_mut;
 use std::time::Duration;
 
-use crate::host::{Host, Level, MetricKind, Result, Status};
+use crate::host::{Answer, Host, Level, MetricKind, Result, Status, pairs};
 
 const HTTP_REQUEST: u32 = 0;
 const DOWNSTREAM: u32 = 2;
 const REQUEST_HEADERS: u32 = 0;
+const RESPONSE_HEADERS: u32 = 2;
 const GRPC_RECEIVE_BUFFER: u32 = 5;
 const PLUGIN_CONFIGURATION: u32 = 7;
 /// A map of one pair.
@@ -29,6 +30,13 @@ unsafe extern "C" {
     fn proxy_get_buffer_bytes(buffer: u32, start: usize, max: usize, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_replace_header_map_value(
+        map: u32,
+        name: *const u8,
+        name_size: usize,
+        value: *const u8,
+        value_size: usize,
+    ) -> u32;
+    fn proxy_add_header_map_value(
         map: u32,
         name: *const u8,
         name_size: usize,
@@ -90,6 +98,23 @@ fn received(call: impl FnOnce(*mut *mut u8, *mut usize) -> u32) -> Result<Vec<u8
     Ok(unsafe { Vec::from_raw_parts(data, size, size) })
 }
 
+fn replace(map: u32, name: &str, value: &[u8]) -> Result {
+    let (n, v) = (name.as_ptr(), value.as_ptr());
+    // SAFETY: as in `Host for Abi`.
+    check(unsafe { proxy_replace_header_map_value(map, n, name.len(), v, value.len()) })
+}
+
+fn add(map: u32, name: &str, value: &[u8]) -> Result {
+    let (n, v) = (name.as_ptr(), value.as_ptr());
+    // SAFETY: as in `Host for Abi`.
+    check(unsafe { proxy_add_header_map_value(map, n, name.len(), v, value.len()) })
+}
+
+fn remove(map: u32, name: &[u8]) -> Result {
+    // SAFETY: as in `Host for Abi`.
+    check(unsafe { proxy_remove_header_map_value(map, name.as_ptr(), name.len()) })
+}
+
 /// The host that runs this VM.
 #[derive(Debug, Default)]
 pub(crate) struct Abi;
@@ -137,12 +162,27 @@ impl Host for Abi {
     }
 
     fn replace_request_header(&self, name: &str, value: &[u8]) -> Result {
-        let (n, v) = (name.as_ptr(), value.as_ptr());
-        check(unsafe { proxy_replace_header_map_value(REQUEST_HEADERS, n, name.len(), v, value.len()) })
+        replace(REQUEST_HEADERS, name, value)
+    }
+
+    fn add_request_header(&self, name: &str, value: &[u8]) -> Result {
+        add(REQUEST_HEADERS, name, value)
     }
 
     fn remove_request_header(&self, name: &[u8]) -> Result {
-        check(unsafe { proxy_remove_header_map_value(REQUEST_HEADERS, name.as_ptr(), name.len()) })
+        remove(REQUEST_HEADERS, name)
+    }
+
+    fn replace_response_header(&self, name: &str, value: &[u8]) -> Result {
+        replace(RESPONSE_HEADERS, name, value)
+    }
+
+    fn add_response_header(&self, name: &str, value: &[u8]) -> Result {
+        add(RESPONSE_HEADERS, name, value)
+    }
+
+    fn remove_response_header(&self, name: &str) -> Result {
+        remove(RESPONSE_HEADERS, name.as_bytes())
     }
 
     fn local_response(&self, status: u16, details: &str, body: &str) -> Result {
@@ -156,6 +196,23 @@ impl Host for Abi {
                 TEXT_PLAIN.as_ptr(),
                 TEXT_PLAIN.len(),
                 NO_GRPC_STATUS,
+            )
+        })
+    }
+
+    fn answer(&self, answer: &Answer) -> Result {
+        let headers = pairs::write(&answer.headers);
+        let grpc = answer.grpc.and_then(|status| i32::try_from(status).ok()).unwrap_or(NO_GRPC_STATUS);
+        check(unsafe {
+            proxy_send_local_response(
+                u32::from(answer.status),
+                answer.details.as_ptr(),
+                answer.details.len(),
+                answer.body.as_ptr(),
+                answer.body.len(),
+                headers.as_ptr(),
+                headers.len(),
+                grpc,
             )
         })
     }
