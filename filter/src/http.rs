@@ -209,8 +209,9 @@ fn listener(host: &impl Host) -> Result<Listener, Refusal> {
 }
 
 pub(crate) fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
-    host.replace_request_header(CLUSTER_HEADER, cluster)?;
-    host.foreign("clear_route_cache", &[])
+    // The route is chosen anew without being told to: of a module of this ABI version every change of request headers
+    // does that (Envoy since 1.33; before it, of any module).
+    host.replace_request_header(CLUSTER_HEADER, cluster)
 }
 
 #[cfg(test)]

@@ -4,8 +4,6 @@ use super::*;
 use crate::host::fake::{Call, Fake};
 use crate::testing::{CONFIGURATION, ROOT, STATUSES, configured, ready};
 
-const CLEAR: fn() -> Call = || Call::Foreign("clear_route_cache".into(), vec![]);
-
 fn request(vm: &mut Vm<Fake>, destination: &str, headers: &[(&[u8], &[u8])]) -> (Action, Vec<Call>) {
     vm.host.set_property("destination\0address", destination.as_bytes());
     vm.host.set_headers(headers);
@@ -17,7 +15,7 @@ fn request(vm: &mut Vm<Fake>, destination: &str, headers: &[(&[u8], &[u8])]) -> 
 }
 
 fn routed(cluster: &str) -> (Action, Vec<Call>) {
-    (Action::Continue, vec![Call::Replace(CLUSTER_HEADER.into(), cluster.into()), CLEAR()])
+    (Action::Continue, vec![Call::Replace(CLUSTER_HEADER.into(), cluster.into())])
 }
 
 fn refused(status: u16, details: &str, body: &str) -> (Action, Vec<Call>) {
@@ -184,7 +182,7 @@ fn headers_cut_anywhere_are_refused() {
 fn whatever_call_fails_the_request_is_answered_or_not_let_on() {
     let answers = ["local_response", "reset_request"];
     let harmless = ["log_level", "define_metric", "increment_metric", "record_metric", "now"];
-    let used = ["property", "request_headers", "replace_request_header", "remove_request_header", "foreign"];
+    let used = ["property", "request_headers", "replace_request_header", "remove_request_header"];
     for call in Fake::FALLIBLE {
         for status in STATUSES {
             let mut vm = ready(CatchAll::Block);

@@ -105,11 +105,6 @@ impl<H: Host> Vm<H> {
         }
     }
 
-    /// A context is about to go: no stream is handed to it any more.
-    pub fn on_done(&mut self, context: u32) {
-        self.roots.remove(&context);
-    }
-
     /// A context is gone.
     pub fn on_delete(&mut self, context: u32) {
         self.pending.remove(&context);
@@ -256,7 +251,6 @@ mod tests {
     fn another_root_takes_over_with_the_pages_that_are_held() {
         let mut vm = ready(CatchAll::Block);
         assert!(vm.on_configure(OTHER));
-        vm.on_done(ROOT);
         vm.on_delete(ROOT);
         let calls = vm.host.take_calls();
         assert!(calls.contains(&Call::Cancel(1)) && calls.contains(&Call::Context(OTHER)), "{calls:?}");
@@ -265,20 +259,9 @@ mod tests {
             other => panic!("expected Subscribe, got {other:?}"),
         }
         vm.on_tick(ROOT);
-        vm.on_done(OTHER);
         vm.on_delete(OTHER);
         assert_eq!(opened(&vm.host.take_calls()), 0);
         assert!(vm.subscription().is_some_and(|s| s.state() == State::Stale));
-    }
-
-    #[test]
-    fn when_all_are_done_none_takes_over() {
-        let mut vm = ready(CatchAll::Block);
-        assert!(vm.on_configure(OTHER));
-        vm.on_done(ROOT);
-        vm.on_done(OTHER);
-        vm.on_delete(ROOT);
-        assert_eq!(opened(&vm.host.calls()), 0);
     }
 
     #[test]
@@ -355,7 +338,6 @@ mod tests {
                 deliver(&mut vm, &parts);
                 assert!(vm.subscription().is_some_and(|s| s.state() == State::Fresh), "{call} {status}");
                 vm.host.fail(call, status);
-                vm.on_done(ROOT);
                 vm.on_delete(ROOT);
             }
         }

@@ -47,9 +47,6 @@ extern "C" fn proxy_on_memory_allocate(size: usize) -> *mut u8 {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn proxy_on_context_create(_context: u32, _root: u32) {}
-
-#[unsafe(no_mangle)]
 extern "C" fn proxy_on_vm_start(_context: u32, _configuration_size: usize) -> u32 {
     1
 }
@@ -95,12 +92,6 @@ extern "C" fn proxy_on_new_connection(_context: u32) -> u32 {
         Action::Pause
     };
     enter(Vm::on_new_connection, refuse) as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_done(context: u32) -> u32 {
-    enter(|vm| vm.on_done(context), || ());
-    1
 }
 
 #[unsafe(no_mangle)]
