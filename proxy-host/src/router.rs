@@ -4,9 +4,9 @@
 mod failure;
 mod policy;
 
-use std::{future::Future, pin::Pin, rc::Rc};
+use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
-use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version, header::HOST};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header::HOST};
 use hyper::body::Incoming;
 
 use self::policy::{Ended, back_off};
@@ -18,7 +18,7 @@ use crate::{
     access_log::Entry,
     body::RequestBody,
     flags,
-    listener::http::target,
+    listener::{guard::Control, http::target},
     replay::Held,
     stats,
     upstream::{
@@ -49,6 +49,8 @@ pub struct Outgoing {
     pub received: Rc<std::cell::Cell<u64>>,
     /// It is a gRPC call.
     pub grpc: bool,
+    /// Who waits for a 100 of the upstream's.
+    pub expects: Option<Arc<Control>>,
 }
 
 /// A response, and what there is to know of it.
@@ -134,7 +136,11 @@ pub async fn send(
         Protocol::Http2 => true,
         Protocol::SameAsClient => http2,
     };
-    let Outgoing { mut head, body, received, grpc } = outgoing;
+    let Outgoing { mut head, body, received, grpc, expects } = outgoing;
+    if http2 && let Some(control) = &expects {
+        // hyper does not say what an HTTP/2 server said before its answer.
+        control.go_on();
+    }
     let policy = Policy::take(&mut head.headers, grpc);
     let uri = target(&head, http2).map_err(|_| Failure::Filter)?;
     let mut headers = head.headers;
@@ -150,7 +156,7 @@ pub async fn send(
         let body = Held::new(body, received);
         let source = Source::Held { method: head.method, uri, version, headers, body };
         // Rare, and its state must not weigh on each request.
-        return Box::pin(within(worker, cluster, wanted, source, http2, policy, entry)).await;
+        return Box::pin(within(worker, cluster, wanted, source, http2, policy, entry, expects)).await;
     }
     let mut request = Request::new(RequestBody::new(body, received));
     *request.method_mut() = head.method;
@@ -159,11 +165,13 @@ pub async fn send(
     *request.headers_mut() = headers;
     let source = Source::Once(Some(request));
     let mut tries = Tries::default();
-    let (response, lease) = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries).await?;
+    let (response, lease) =
+        attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries, expects).await?;
     Ok(Answered { response, lease, deadline: None })
 }
 
 /// The same, with a time limit where the policy has one: it begins at the end of the request.
+#[allow(clippy::too_many_arguments, reason = "each is one thing that an attempt goes by")]
 async fn within(
     worker: &Worker,
     cluster: &Cluster,
@@ -172,6 +180,7 @@ async fn within(
     http2: bool,
     policy: Policy,
     entry: &mut Entry,
+    expects: Option<Arc<Control>>,
 ) -> Result<Answered, Failure> {
     let no_content = policy.no_content;
     let mut deadline: Option<Deadline> = policy.timeout.map(|timeout| {
@@ -186,7 +195,7 @@ async fn within(
     });
     let mut tries = Tries::default();
     let ended = {
-        let sending = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries);
+        let sending = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries, expects);
         match &mut deadline {
             None => Some(sending.await),
             Some(deadline) => tokio::select! {
@@ -216,6 +225,7 @@ async fn attempts(
     mut policy: Policy,
     entry: &mut Entry,
     tries: &mut Tries,
+    expects: Option<Arc<Control>>,
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let mut tried = Vec::new();
     let mut retry = 0;
@@ -223,6 +233,13 @@ async fn attempts(
         let endpoint = choose(worker, cluster, wanted, &tried).await.map_err(Failure::Choose)?;
         let Some(mut request) = source.next() else { return Err(Failure::Filter) };
         request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
+        if let Some(control) = expects.clone() {
+            hyper::ext::on_informational(&mut request, move |said| {
+                if said.status() == StatusCode::CONTINUE {
+                    control.go_on();
+                }
+            });
+        }
         let begun = retry > 0 && policy.timeout.is_some();
         if begun {
             policy.announce(request.headers_mut(), entry.elapsed());

@@ -1,34 +1,20 @@
 //! Floods: what costs a client nothing and the proxy work ends the connection it comes over, and no other.
 
 mod proxy_support;
+mod raw_http2;
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Write as _,
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
 
 use portolan_proxy_host::{app::App, config::Config};
 use proxy_support::{HTTP, PATIENCE, entry, get, origin, start};
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const PRIORITY: u8 = 2;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
-
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+use raw_http2::*;
 
 /// `ENHANCE_YOUR_CALM`.
 const CALM: u32 = 11;
-
-/// GET http://a.test/, as HPACK.
-const GET: &[u8] = b"\x82\x86\x84\x41\x06a.test";
 
 struct Setup {
     _app: App,
@@ -43,49 +29,6 @@ fn setup(delay: Duration, configure: impl FnOnce(&mut Config)) -> Setup {
         configure(config);
     });
     Setup { proxy: app.http_proxies[0], _app: app, _folder: folder }
-}
-
-/// A client of HTTP/2 that does what no client should.
-struct Client(TcpStream);
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
-}
-
-impl Client {
-    fn connect(proxy: SocketAddr) -> Self {
-        let mut stream = TcpStream::connect(proxy).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
-        stream.write_all(&frame(SETTINGS, 0, 0, b"")).unwrap();
-        Self(stream)
-    }
-
-    fn send(&mut self, bytes: &[u8]) {
-        // The proxy may have left by now.
-        let _ = self.0.write_all(bytes);
-    }
-
-    /// The next frame: kind, stream, payload; `None` at the end.
-    fn frame(&mut self) -> Option<(u8, u32, Vec<u8>)> {
-        let mut head = [0; 9];
-        self.0.read_exact(&mut head).ok()?;
-        let [a, b, c, kind, _, stream @ ..] = head;
-        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
-        self.0.read_exact(&mut payload).ok()?;
-        Some((kind, u32::from_be_bytes(stream), payload))
-    }
-
-    /// The code that the connection ended with.
-    fn goaway(&mut self) -> Option<u32> {
-        loop {
-            let (kind, _, payload) = self.frame()?;
-            if kind == GOAWAY {
-                return Some(u32::from_be_bytes(payload[4..8].try_into().unwrap()));
-            }
-        }
-    }
 }
 
 /// The client that sends this is left, and another one is served.
@@ -151,7 +94,7 @@ fn headers_that_cost_few_bytes_are_limited_by_their_size() {
     let large = [&[0x40, 1, b'x', 0x7f, 0xa1, 0x1e][..], &[b'a'; 4000]].concat();
     client.send(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &[GET, &large, &[0xbe; 10_000]].concat()));
     // The answer is one of 431, or the stream or the connection ends.
-    let ended = std::iter::from_fn(|| client.frame()).find(|(kind, ..)| matches!(*kind, HEADERS | RST_STREAM | GOAWAY));
+    let ended = client.frame_of(&[HEADERS, RST_STREAM, GOAWAY]);
     assert!(ended.is_some());
     assert!(get(setup.proxy, "http://a.test/").ends_with("healthy"));
 }
@@ -161,7 +104,7 @@ fn headers_without_a_name() {
     let setup = setup(Duration::ZERO, |_| {});
     let mut client = Client::connect(setup.proxy);
     client.send(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &[GET, &[0; 3000]].concat()));
-    let ended = std::iter::from_fn(|| client.frame()).find(|(kind, ..)| matches!(*kind, HEADERS | RST_STREAM | GOAWAY));
+    let ended = client.frame_of(&[HEADERS, RST_STREAM, GOAWAY]);
     assert!(matches!(ended, Some((RST_STREAM | GOAWAY, ..))), "{ended:?}");
     assert!(get(setup.proxy, "http://a.test/").ends_with("healthy"));
 }
@@ -170,12 +113,10 @@ fn headers_without_a_name() {
 fn streams_beyond_the_limit_are_refused() {
     let setup = setup(PATIENCE, |config| config.http.streams = 3);
     let mut client = Client::connect(setup.proxy);
-    // /slow, so that none ends.
-    let slow = [&[0x82, 0x86, 0x04, 5][..], b"/slow", &[0x41, 6], b"a.test"].concat();
     for id in [1, 3, 5, 7] {
-        client.send(&frame(HEADERS, END_STREAM | END_HEADERS, id, &slow));
+        client.send(&frame(HEADERS, END_STREAM | END_HEADERS, id, SLOW));
     }
-    let refused = std::iter::from_fn(|| client.frame()).find(|(kind, ..)| *kind == RST_STREAM);
+    let refused = client.frame_of(&[RST_STREAM]);
     // REFUSED_STREAM
     assert_eq!(refused, Some((RST_STREAM, 7, 7_u32.to_be_bytes().to_vec())));
 }
@@ -188,8 +129,7 @@ fn a_client_may_ask_as_fast_as_it_is_answered() {
         let update = frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 7]);
         let request = frame(HEADERS, END_STREAM | END_HEADERS, id, GET);
         client.send(&[request, update, frame(PING, 0, 0, &[0; 8])].concat());
-        let answer =
-            std::iter::from_fn(|| client.frame()).find(|(kind, ..)| matches!(*kind, DATA | RST_STREAM | GOAWAY));
+        let answer = client.frame_of(&[DATA, RST_STREAM, GOAWAY]);
         assert_eq!(answer, Some((DATA, id, b"healthy".to_vec())));
     }
 }

@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU8, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -17,6 +17,7 @@ use std::{
 
 use ::http::{Request, StatusCode, Version};
 use bytes::{Buf as _, Bytes, BytesMut};
+use futures_util::task::AtomicWaker;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Sleep,
@@ -66,7 +67,15 @@ thread_local! {
 pub struct Control {
     answered: AtomicU8,
     broken: OnceLock<Refusal>,
+    /// A request expects a 100, which is the upstream's to give: hyper's own is not written.
+    expects: AtomicBool,
+    /// The upstream gave it.
+    go_on: AtomicBool,
+    reader: AtomicWaker,
 }
+
+/// What hyper writes by itself when a body is asked for.
+const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 const UPGRADED: u8 = 1;
 const NOT_UPGRADED: u8 = 2;
@@ -75,6 +84,19 @@ impl Control {
     /// A request for an upgrade was answered.
     pub fn answered(&self, upgraded: bool) {
         self.answered.store(if upgraded { UPGRADED } else { NOT_UPGRADED }, Relaxed);
+    }
+
+    /// A request is under way whose client waits for a 100 before it sends its body.
+    pub fn expects(&self) {
+        self.expects.store(true, Relaxed);
+    }
+
+    /// The upstream said 100.
+    pub fn go_on(&self) {
+        if self.expects.load(Relaxed) {
+            self.go_on.store(true, Relaxed);
+            self.reader.wake();
+        }
     }
 
     /// Why the body under way ended early, where the client is at fault.
@@ -100,6 +122,8 @@ pub struct Guard {
     header_time: Duration,
     /// Runs while the head of a request is under way.
     deadline: Option<Pin<Box<Sleep>>>,
+    /// The rest of a 100 that is being written.
+    going_on: &'static [u8],
     linger: Option<Pin<Box<Sleep>>>,
 }
 
@@ -117,8 +141,36 @@ impl Guard {
             broken: None,
             header_time: limits.header_time,
             deadline: None,
+            going_on: &[],
             linger: None,
         }
+    }
+
+    /// Writes the upstream's 100 where it is due.
+    fn poll_go_on(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.control.go_on.swap(false, Relaxed) {
+            self.going_on = CONTINUE;
+        }
+        while !self.going_on.is_empty() {
+            let count = ready!(Pin::new(&mut self.inner).poll_write(cx, self.going_on))?;
+            if count == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.going_on = &self.going_on[count..];
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Whether hyper begins to write a 100 of its own; anything else begins the answer, before which one was due.
+    fn is_own_continue(&mut self, buf: &[u8]) -> bool {
+        if !self.control.expects.load(Relaxed) || buf.is_empty() {
+            return false;
+        }
+        let own = buf.starts_with(CONTINUE);
+        if !own {
+            self.control.expects.store(false, Relaxed);
+        }
+        own
     }
 
     /// Takes what was read; `buf` gets what may pass.
@@ -218,6 +270,13 @@ impl Guard {
 impl AsyncRead for Guard {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.control.expects.load(Relaxed) {
+            this.control.reader.register(cx.waker());
+            // What cannot be written now goes before what is written next.
+            if let Poll::Ready(Err(error)) = this.poll_go_on(cx) {
+                return Poll::Ready(Err(error));
+            }
+        }
         if this.strict.is_held() {
             match this.control.answered.swap(0, Relaxed) {
                 0 => {}
@@ -256,6 +315,10 @@ impl AsyncRead for Guard {
 
 impl AsyncWrite for Guard {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.is_own_continue(buf) {
+            return Poll::Ready(Ok(CONTINUE.len()));
+        }
+        ready!(self.poll_go_on(cx))?;
         Pin::new(&mut self.inner).poll_write(cx, buf)
     }
 
@@ -264,6 +327,11 @@ impl AsyncWrite for Guard {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
+        if self.is_own_continue(first) {
+            return Poll::Ready(Ok(CONTINUE.len()));
+        }
+        ready!(self.poll_go_on(cx))?;
         Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
     }
 

@@ -4,7 +4,7 @@ use std::{borrow::Cow, cell::Cell, rc::Rc, sync::Arc};
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
-    header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, UPGRADE, USER_AGENT},
+    header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE, USER_AGENT},
 };
 use bytes::Bytes;
 use hyper::{
@@ -15,6 +15,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 
 use super::{
+    Open,
     guard::{self, Control},
     rewind::Rewind,
     server::{self, HttpLimits},
@@ -39,16 +40,23 @@ const CLUSTER: HeaderName = HeaderName::from_static("x-portolan-cluster");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
+/// The connection that a request came over.
+struct Client {
+    connection: Rc<Connection>,
+    control: Arc<Control>,
+    open: Rc<Open>,
+}
+
 /// Serves the requests of one connection.
-pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool) {
+pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewind, http2: bool, open: Rc<Open>) {
     let stop = worker.stop.clone();
     let limits = worker.config.http;
     let control = Arc::new(Control::default());
-    let guarded = control.clone();
+    let from = Rc::new(Client { connection, control: control.clone(), open });
     let service = service_fn(move |request| {
-        let (worker, connection, control) = (worker.clone(), connection.clone(), guarded.clone());
+        let (worker, from) = (worker.clone(), from.clone());
         // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
-        Box::pin(async move { handle(&worker, &connection, &control, request).await })
+        Box::pin(async move { handle(&worker, &from, request).await })
     });
     server::serve(client, http2, limits, stop, control, service).await;
 }
@@ -60,17 +68,16 @@ struct Reset;
 
 async fn handle(
     worker: &Rc<Worker>,
-    connection: &Rc<Connection>,
-    control: &Control,
+    from: &Rc<Client>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Reset> {
     let connect = request.method() == Method::CONNECT;
     let upgrades = request.version() != Version::HTTP_2 && (connect || headers::upgrade(request.headers()).is_some());
-    let mut answered = answer(worker, connection, control, request).await;
+    let mut answered = answer(worker, from, request).await;
     if upgrades {
         let status = answered.as_ref().map_or(StatusCode::BAD_GATEWAY, Response::status);
         let upgraded = status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success();
-        control.answered(upgraded);
+        from.control.answered(upgraded);
         // A client that took its upgrade for granted must not have its next bytes taken for a request.
         if let Ok(response) = &mut answered
             && !upgraded
@@ -83,11 +90,12 @@ async fn handle(
 
 async fn answer(
     worker: &Rc<Worker>,
-    connection: &Rc<Connection>,
-    control: &Control,
+    from: &Rc<Client>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Reset> {
+    let connection = &from.connection;
     let mut exchange = Exchange {
+        from: from.clone(),
         entry: Box::new(Entry::new(&worker.log)),
         received: Rc::default(),
         grpc: headers::is_grpc(request.headers()),
@@ -141,7 +149,7 @@ async fn answer(
     };
     match answered {
         Ok(response) => Ok(response),
-        Err((mut exchange, failure)) => match control.broken() {
+        Err((mut exchange, failure)) => match from.control.broken() {
             // It failed because the client's body did.
             Some(Refusal { status, details }) => {
                 exchange.entry.reason = Some(details.into());
@@ -157,6 +165,7 @@ type Refused = (StatusCode, &'static str);
 
 /// One request on its way.
 struct Exchange {
+    from: Rc<Client>,
     entry: Box<Entry>,
     received: Rc<Cell<u64>>,
     grpc: bool,
@@ -247,7 +256,11 @@ impl Exchange {
         let same = incoming.version() == Version::HTTP_2;
         let upgrade = head.headers.contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
         let received = self.received.clone();
-        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc };
+        let expects = (!same && is_expected(&head.headers)).then(|| self.from.control.clone());
+        if let Some(control) = &expects {
+            control.expects();
+        }
+        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, expects };
         let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
         let router::Answered { mut response, lease, deadline } = match sent {
             Ok(answered) => answered,
@@ -258,7 +271,9 @@ impl Exchange {
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if upgraded && let Some(client) = upgrade {
             let upstream = hyper::upgrade::on(&mut response);
+            let open = self.from.open.clone();
             exec::spawn(async move {
+                let _held = open;
                 if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
                     // Either side may end it as it likes.
                     let _ = copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await;
@@ -299,10 +314,10 @@ impl Exchange {
         self.entry.status = 200;
         let entry = self.entry;
         let received = self.received;
-        let opened = worker.opened();
+        let open = self.from.open.clone();
         exec::spawn(async move {
             let mut entry = entry;
-            let _held = (stream, active, opened);
+            let _held = (stream, active, open);
             if let Ok(client) = client.await
                 && let Ok((received, sent)) = copy_bidirectional(&mut TokioIo::new(client), &mut upstream).await
             {
@@ -373,6 +388,11 @@ impl Exchange {
         *response.headers_mut() = headers;
         response
     }
+}
+
+/// Whether a client waits for a 100 before it sends its body.
+fn is_expected(headers: &HeaderMap) -> bool {
+    headers.get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 /// The target of a request to an upstream of either version.

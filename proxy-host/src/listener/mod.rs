@@ -27,7 +27,7 @@ use crate::{
     exec,
     limits::{self, Place},
     stats::{self, DownstreamOpen},
-    worker::Worker,
+    worker::{Opened, Worker},
 };
 use plan::Inspection;
 use rewind::Rewind;
@@ -46,6 +46,9 @@ pub enum Kind {
     /// Requests of clients that know us as their proxy.
     HttpProxy,
 }
+
+/// What an open connection counts as, for as long as anything of it goes on.
+pub type Open = (Opened, DownstreamOpen, Place);
 
 /// Reserves an address. Workers bind the same one, and the kernel spreads connections over them. Nothing is accepted
 /// before [`accept`] starts.
@@ -136,15 +139,15 @@ fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind) 
     let _ = stream.set_nodelay(true);
     let worker = worker.clone();
     exec::spawn(async move {
-        let _open = (worker.opened(), DownstreamOpen::new(worker.log.stats(), kind), place);
+        let open = Rc::new((worker.opened(), DownstreamOpen::new(worker.log.stats(), kind), place));
         match kind {
-            Kind::Transparent => captured(worker, stream, source).await,
-            Kind::HttpProxy => http_proxy(worker, stream, source).await,
+            Kind::Transparent => captured(worker, stream, source, open).await,
+            Kind::HttpProxy => http_proxy(worker, stream, source, open).await,
         }
     });
 }
 
-async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
+async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, open: Rc<Open>) {
     let destination = (worker.config.original_destination)(&stream);
     let own = stream.local_addr().map(|own| own.port());
     let destination = match (destination, own) {
@@ -162,7 +165,7 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, entry.inspection, time).await else { return };
     match sniffed {
         Sniffed::Http1 | Sniffed::Http2 if !entry.tcp => {
-            http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2).await;
+            http::serve(worker, Rc::new(connection), client, sniffed == Sniffed::Http2, open).await;
         }
         Sniffed::Tls(name) => {
             connection.server_name = name;
@@ -172,13 +175,13 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
     }
 }
 
-async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr) {
+async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, open: Rc<Open>) {
     let Ok(own) = stream.local_addr() else { return };
     let connection = Rc::new(worker.connection(source, canonical(own), false));
     let Some((http2, client)) = version(worker.stop.clone(), stream, worker.config.http.header_time).await else {
         return;
     };
-    http::serve(worker, connection, client, http2).await;
+    http::serve(worker, connection, client, http2, open).await;
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {

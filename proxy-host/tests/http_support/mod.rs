@@ -92,7 +92,8 @@ impl Peer {
         Ok(())
     }
 
-    fn take(&mut self, count: usize) -> io::Result<Vec<u8>> {
+    /// So many bytes.
+    pub fn take(&mut self, count: usize) -> io::Result<Vec<u8>> {
         while self.buffer.len() < count {
             self.more()?;
         }
