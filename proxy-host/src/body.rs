@@ -1,10 +1,10 @@
 //! Bodies on their way through: counted, and not collected where nobody needs them again.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Buf as _, Bytes};
@@ -30,6 +30,46 @@ pub enum BodyError {
     Timeout,
 }
 
+/// What is known of a client's body while others carry it.
+#[derive(Debug, Default)]
+pub struct Received {
+    bytes: Cell<u64>,
+    ended: Cell<bool>,
+    stopped: Cell<bool>,
+    reader: RefCell<Option<Waker>>,
+}
+
+impl Received {
+    /// Bytes so far.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+
+    /// So many more have come.
+    pub fn add(&self, bytes: u64) {
+        self.bytes.set(self.bytes.get() + bytes);
+    }
+
+    /// The whole body has come.
+    pub fn end(&self) {
+        self.ended.set(true);
+    }
+
+    /// The answer is through. Where the body is not, nobody waits for the rest, as in Envoy: both connections end, as
+    /// their next bytes would be the body's. Says whether it was.
+    #[must_use]
+    pub fn is_whole_or_stopped(&self) -> bool {
+        if !self.ended.get() {
+            self.stopped.set(true);
+            if let Some(reader) = self.reader.take() {
+                reader.wake();
+            }
+        }
+        self.ended.get()
+    }
+}
+
 /// A client's body on its way to the upstream.
 #[derive(Debug)]
 pub enum RequestBody {
@@ -37,8 +77,8 @@ pub enum RequestBody {
     Once {
         /// The client's.
         inner: Incoming,
-        /// Bytes so far.
-        received: Rc<Cell<u64>>,
+        /// What is known of it.
+        received: Rc<Received>,
     },
     /// Kept, for other attempts to read it again.
     Held(replay::Reader),
@@ -47,7 +87,10 @@ pub enum RequestBody {
 impl RequestBody {
     /// Counts into `received`.
     #[must_use]
-    pub fn new(inner: Incoming, received: Rc<Cell<u64>>) -> Self {
+    pub fn new(inner: Incoming, received: Rc<Received>) -> Self {
+        if inner.is_end_stream() {
+            received.end();
+        }
         Self::Once { inner, received }
     }
 }
@@ -57,16 +100,29 @@ impl Body for RequestBody {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut *self {
-            Self::Once { inner, received } => {
-                let frame = ready!(Pin::new(inner).poll_frame(cx));
-                if let Some(Ok(data)) = frame.as_ref().map(|f| f.as_ref().map(Frame::data_ref)) {
-                    received.set(received.get() + data.map_or(0, |d| d.remaining() as u64));
-                }
-                Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Source)))
-            }
-            Self::Held(reader) => reader.poll_frame(cx),
+        let received = match &*self {
+            Self::Once { received, .. } => received.clone(),
+            Self::Held(reader) => reader.received().clone(),
+        };
+        if received.stopped.get() {
+            return Poll::Ready(Some(Err(BodyError::Incomplete)));
         }
+        let polled = match &mut *self {
+            Self::Once { inner, received } => Pin::new(&mut *inner).poll_frame(cx).map(|frame| {
+                if let Some(Ok(data)) = frame.as_ref().map(|f| f.as_ref().map(Frame::data_ref)) {
+                    received.add(data.map_or(0, |d| d.remaining() as u64));
+                }
+                if frame.is_none() || inner.is_end_stream() {
+                    received.end();
+                }
+                frame.map(|frame| frame.map_err(BodyError::Source))
+            }),
+            Self::Held(reader) => reader.poll_frame(cx),
+        };
+        if polled.is_pending() {
+            received.reader.replace(Some(cx.waker().clone()));
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -87,7 +143,7 @@ impl Body for RequestBody {
 /// What goes back to the client. Dropping it writes the access log.
 pub struct ResponseBody {
     source: Source,
-    received: Rc<Cell<u64>>,
+    received: Rc<Received>,
     entry: Box<Entry>,
 }
 
@@ -99,13 +155,13 @@ enum Source {
 impl ResponseBody {
     /// A body of our own.
     #[must_use]
-    pub fn local(body: Bytes, received: Rc<Cell<u64>>, entry: Box<Entry>) -> Self {
+    pub fn local(body: Bytes, received: Rc<Received>, entry: Box<Entry>) -> Self {
         Self { source: Source::Local((!body.is_empty()).then_some(body)), received, entry }
     }
 
     /// No body, and no line in the access log: another task writes it.
     #[must_use]
-    pub fn silent(received: Rc<Cell<u64>>) -> Self {
+    pub fn silent(received: Rc<Received>) -> Self {
         Self { source: Source::Local(None), received, entry: Box::new(Entry::silent()) }
     }
 
@@ -115,23 +171,31 @@ impl ResponseBody {
         body: Incoming,
         lease: Lease,
         deadline: Option<Deadline>,
-        received: Rc<Cell<u64>>,
+        received: Rc<Received>,
         entry: Box<Entry>,
     ) -> Self {
         let mut source = Source::Upstream(body, Some(lease), deadline);
-        source.finish_at_end();
+        source.finish_at_end(&received);
         Self { source, received, entry }
     }
 }
 
 impl Source {
-    fn finish_at_end(&mut self) {
+    fn finish_at_end(&mut self, received: &Received) {
         if let Self::Upstream(body, lease, _) = self
             && body.is_end_stream()
-            && let Some(lease) = lease.take()
         {
-            lease.finish();
+            finish(lease, received);
         }
+    }
+}
+
+/// The answer is through.
+fn finish(lease: &mut Option<Lease>, received: &Received) {
+    if let Some(lease) = lease.take()
+        && received.is_whole_or_stopped()
+    {
+        lease.finish();
     }
 }
 
@@ -140,6 +204,7 @@ impl Body for ResponseBody {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let received = self.received.clone();
         let frame = match &mut self.source {
             Source::Local(body) => body.take().map(|body| Ok(Frame::data(body))),
             Source::Upstream(body, lease, deadline) => {
@@ -155,11 +220,7 @@ impl Body for ResponseBody {
                     }
                 };
                 match &frame {
-                    None => {
-                        if let Some(lease) = lease.take() {
-                            lease.finish();
-                        }
-                    }
+                    None => finish(lease, &received),
                     Some(Err(_)) => {
                         lease.take();
                         // Envoy's flag for an upstream that ends in the middle.
@@ -173,7 +234,7 @@ impl Body for ResponseBody {
         if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {
             self.entry.sent += data.remaining() as u64;
         }
-        self.source.finish_at_end();
+        self.source.finish_at_end(&received);
         Poll::Ready(frame)
     }
 
@@ -194,6 +255,6 @@ impl Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        self.entry.received = self.received.get();
+        self.entry.received = self.received.bytes();
     }
 }

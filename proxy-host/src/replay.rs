@@ -13,7 +13,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::Notify;
 
-use crate::body::BodyError;
+use crate::body::{BodyError, Received};
 
 /// Bytes that are kept of a body (Envoy's buffer limit); a longer one goes through, but only once.
 const LIMIT: usize = 1 << 20;
@@ -22,7 +22,7 @@ const LIMIT: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Held {
     source: RefCell<Incoming>,
-    received: Rc<Cell<u64>>,
+    received: Rc<Received>,
     kept: RefCell<Vec<Kept>>,
     bytes: Cell<usize>,
     /// What is the case after the last of `kept`.
@@ -59,8 +59,11 @@ pub struct Reader {
 impl Held {
     /// Counts into `received`.
     #[must_use]
-    pub fn new(source: Incoming, received: Rc<Cell<u64>>) -> Rc<Self> {
+    pub fn new(source: Incoming, received: Rc<Received>) -> Rc<Self> {
         let state = if source.is_end_stream() { State::End } else { State::More };
+        if state == State::End {
+            received.end();
+        }
         Rc::new(Self {
             source: RefCell::new(source),
             received,
@@ -103,12 +106,15 @@ impl Held {
 
     fn end(&self, state: State) {
         self.state.set(state);
+        if state == State::End {
+            self.received.end();
+        }
         self.ended.notify_waiters();
     }
 
     fn keep(&self, frame: &Frame<Bytes>) -> bool {
         if let Some(data) = frame.data_ref() {
-            self.received.set(self.received.get() + data.len() as u64);
+            self.received.add(data.len() as u64);
             self.bytes.set(self.bytes.get() + data.len());
         }
         if self.bytes.get() > LIMIT {
@@ -168,6 +174,12 @@ impl Reader {
                 Poll::Ready(Some(Ok(frame)))
             }
         }
+    }
+
+    /// What is known of the body.
+    #[must_use]
+    pub fn received(&self) -> &Rc<Received> {
+        &self.held.received
     }
 
     /// Whether nothing is left.

@@ -16,7 +16,7 @@ pub use self::{
 };
 use crate::{
     access_log::Entry,
-    body::RequestBody,
+    body::{Received, RequestBody},
     flags,
     listener::{guard::Control, http::target},
     replay::Held,
@@ -46,7 +46,7 @@ pub struct Outgoing {
     /// The client's body.
     pub body: Incoming,
     /// Counts the body's bytes.
-    pub received: Rc<std::cell::Cell<u64>>,
+    pub received: Rc<Received>,
     /// It is a gRPC call.
     pub grpc: bool,
     /// Who waits for a 100 of the upstream's.

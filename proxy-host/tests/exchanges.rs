@@ -190,6 +190,27 @@ fn bodies_stream_both_ways_at_once() {
 }
 
 #[test]
+fn an_answer_may_come_before_the_end_of_the_request() {
+    let address = origin(|mut peer, number| {
+        peer.head()?;
+        if number > 0 {
+            return peer.say(OK);
+        }
+        peer.take(4)?;
+        peer.say("HTTP/1.1 413 Payload Too Large\r\ncontent-length: 3\r\n\r\nbig")?;
+        // As Envoy, the proxy does not use the connection again.
+        assert!(peer.head().is_err());
+        Ok(())
+    });
+    let proxy = Proxy::start(address, "HTTP");
+    let mut client = proxy.connect();
+    client.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1000000\r\n\r\nbody").unwrap();
+    assert!(head(&mut client).starts_with("http/1.1 413 "));
+    assert_eq!(rest(&mut client), "big");
+    assert_eq!(statuses(&proxy.send(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n")), [200]);
+}
+
+#[test]
 fn trailers_leave_the_connection_usable() {
     let address = origin(|mut peer, _| {
         peer.request()?;

@@ -1,6 +1,6 @@
 //! Requests: the filter names a cluster in a header, the one route goes by it, and bodies stream through.
 
-use std::{borrow::Cow, cell::Cell, rc::Rc, sync::Arc};
+use std::{borrow::Cow, rc::Rc, sync::Arc};
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     access_log::Entry,
-    body::ResponseBody,
+    body::{Received, ResponseBody},
     exec,
     filter::{Connection, HttpVerdict, Stream},
     flags,
@@ -167,7 +167,7 @@ type Refused = (StatusCode, &'static str);
 struct Exchange {
     from: Rc<Client>,
     entry: Box<Entry>,
-    received: Rc<Cell<u64>>,
+    received: Rc<Received>,
     grpc: bool,
 }
 
