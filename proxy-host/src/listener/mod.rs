@@ -5,6 +5,7 @@ pub mod frames;
 pub mod guard;
 pub mod http;
 pub mod plan;
+pub mod relay;
 pub mod rewind;
 pub mod server;
 pub mod sniff;

@@ -26,7 +26,12 @@ impl Rewind {
         Self { read, stream }
     }
 
-    /// The connection itself, to set its options.
+    /// Takes the bytes that were read and have not been given again.
+    pub fn take_read(&mut self) -> Bytes {
+        std::mem::take(&mut self.read)
+    }
+
+    /// The connection itself, to set its options, or to go on with it once [`Self::take_read`] has been asked.
     #[must_use]
     pub fn stream(&self) -> &TcpStream {
         &self.stream

@@ -5,7 +5,10 @@ use std::rc::Rc;
 use socket2::SockRef;
 use tokio::io::copy_bidirectional;
 
-use super::rewind::Rewind;
+use super::{
+    relay::{Moved, Socket, relay},
+    rewind::Rewind,
+};
 use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
@@ -79,12 +82,16 @@ async fn carry(
             return Err("UF");
         }
     };
-    match copy_bidirectional(client, &mut upstream).await {
-        Ok((received, sent)) => {
-            (entry.received, entry.sent) = (received, sent);
-            Ok(())
-        }
-        // One side was reset; so is the other.
-        Err(_) => Err(""),
-    }
+    let ended = if let Some(socket) = upstream.socket() {
+        let moved = Moved::default();
+        let read = client.take_read();
+        let ended = relay(Socket::Tcp(client.stream()), read, socket, &moved).await;
+        (entry.received, entry.sent) = (moved.received.get(), moved.sent.get());
+        ended
+    } else {
+        let moved = copy_bidirectional(client, &mut upstream).await;
+        moved.map(|(received, sent)| (entry.received, entry.sent) = (received, sent))
+    };
+    // One side was reset; so is the other.
+    ended.map_err(|_| "")
 }

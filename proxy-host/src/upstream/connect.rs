@@ -14,7 +14,10 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 
 use super::{Resolved, cluster::Address, options::Keepalive, tls::Connector};
-use crate::stats::{self, UpstreamOpen};
+use crate::{
+    listener::relay::Socket,
+    stats::{self, UpstreamOpen},
+};
 
 /// A connection to an endpoint.
 #[derive(Debug)]
@@ -107,6 +110,18 @@ fn keep_alive(stream: &TcpStream, settings: &Keepalive) {
 }
 
 // === impl Stream ===
+
+impl Stream {
+    /// The socket itself, where its bytes are those of the connection.
+    #[must_use]
+    pub fn socket(&self) -> Option<Socket<'_>> {
+        match self {
+            Self::Tcp(stream, _) => Some(Socket::Tcp(stream)),
+            Self::Unix(stream, _) => Some(Socket::Unix(stream)),
+            Self::Tls(_) => None,
+        }
+    }
+}
 
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
