@@ -110,7 +110,9 @@ def main():
             ports = [int(address.rpartition(":")[2]) for address in origin.stdout.readline().split()]
             open(f"{folder}/config/entries.yaml", "w").write(entries(*ports))
             processes["proxy-host"] = pinned(0, [proxy_host, "--config", f"{folder}/config", "--http-proxy", f"127.0.0.1:{HTTP['proxy-host']}",
-                "--transparent", f"127.0.0.1:{TRANSPARENT['proxy-host']}", "--threads", "1", "--access-log=false", "--log-level", "warn"])
+                "--transparent", f"127.0.0.1:{TRANSPARENT['proxy-host']}", "--threads", "1", "--access-log=false", "--log-level", "warn",
+                # Idle connections share one upstream connection: the limit that follows from the open files is for two each.
+                "--max-connections", "15000"])
             if envoy:
                 json.dump(envoy_config(*ports), open(f"{folder}/envoy.json", "w"))
                 processes["envoy"] = pinned(0, [envoy, "-c", f"{folder}/envoy.json", "--concurrency", "1", "-l", "error", "--disable-hot-restart"])
