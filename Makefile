@@ -4,8 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help build run wasm test test-unit h2spec conformance test-envoy lint check-wasm fuzz-smoke bench gen ci
 
-# Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
-KINDS := ServiceEntry WorkloadEntry
+# Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
+# tests/conformance/select_cases.py names.
+KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo bench --locked -p portolan-registry --bench lookup
+cargo bench --locked -p portolan-registry --bench routes
 echo "the same with huge pages"
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 cargo bench --locked -p portolan-registry --bench lookup -- 1000000
 cargo bench --locked -p portolan-tests --bench filter

@@ -358,3 +358,7 @@ fn known<'h>(command: &str, request: &'h Headers<'_>, host: &impl Host) -> Cow<'
         _ => Vec::new(),
     })
 }
+
+#[cfg(test)]
+#[path = "carry_tests.rs"]
+mod tests;

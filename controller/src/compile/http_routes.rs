@@ -233,6 +233,7 @@ impl Place<'_> {
 }
 
 /// A share in millionths: Istio counts to 0.0001 percent.
+#[expect(clippy::cast_sign_loss, reason = "it is not negative")]
 fn share(percent: &Percent) -> u32 {
     (percent.value.clamp(0.0, 100.0) * f64::from(ALL / 100)).round() as u32
 }

@@ -14,7 +14,7 @@ mod rows;
 pub mod rules;
 pub(crate) mod service;
 pub mod sidecar;
-mod virtual_services;
+pub mod virtual_services;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

@@ -361,6 +361,27 @@ impl VirtualServices {
     }
 }
 
+/// What of a VirtualService is not acted on, in words.
+pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
+    let mut out = BTreeSet::new();
+    if spec.gateways.iter().any(|gateway| gateway != MESH) {
+        out.insert("gateways other than mesh");
+    }
+    for route in &spec.http {
+        if let Some(retries) = &route.retries
+            && (retries.backoff.is_some()
+                || retries.retry_remote_localities.is_some()
+                || retries.retry_ignore_previous_hosts.is_some())
+        {
+            out.insert("retries.backoff, retryRemoteLocalities and retryIgnorePreviousHosts: the defaults hold");
+        }
+        if route.fault.as_ref().is_some_and(|fault| fault.delay.is_some() && fault.abort.is_some()) {
+            out.insert("fault.delay of a request that fault.abort ends: it is answered at once");
+        }
+    }
+    out.into_iter().collect()
+}
+
 /// Whom a VirtualService is exported to.
 enum Reach<'o> {
     Public,

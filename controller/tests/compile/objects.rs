@@ -1,6 +1,7 @@
 //! Objects in few words, and what a snapshot says about them.
 #![allow(dead_code)]
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use portolan_controller::api::decode::Path;
@@ -13,6 +14,8 @@ use portolan_controller::model::{
 };
 use portolan_registry::decision::{Decision, Verdict};
 use portolan_registry::lookup::{Connection, Listener, Request};
+use portolan_registry::route::Outcome;
+use portolan_registry::routing::{Asked, Patterns};
 use portolan_registry::snapshot::Snapshot;
 
 pub fn labels(pairs: &[(&str, &str)]) -> Labels {
@@ -80,6 +83,11 @@ pub fn sidecar(name: &str, spec: &str) -> Object {
 /// A DestinationRule from the YAML of its spec.
 pub fn rule(name: &str, spec: &str) -> Object {
     Object::DestinationRule(Arc::new(checked(name, spec)))
+}
+
+/// A VirtualService from the YAML of its spec.
+pub fn virtual_service(name: &str, spec: &str) -> Object {
+    Object::VirtualService(Arc::new(checked(name, spec)))
 }
 
 fn checked<S: Decode>(name: &str, spec: &str) -> Checked<S> {
@@ -162,6 +170,25 @@ impl World {
         said(&self.snapshot.request(&Request { listener, authority: authority.as_bytes(), connect: false }))
     }
 
+    /// The route that takes a GET request, and where it leads: `NAME -> CLUSTER CLUSTER`.
+    pub fn routed(&self, destination: &str, authority: &str, path: &str) -> String {
+        let listener = Listener::Captured(destination.parse().unwrap());
+        let decision = self.snapshot.request(&Request { listener, authority: authority.as_bytes(), connect: false });
+        self.led(&decision, &Get(path))
+    }
+
+    /// Where a table leads a request or connection.
+    pub fn led(&self, decision: &Decision<'_>, asked: &impl Asked) -> String {
+        let Verdict::Table { table } = decision.verdict else { return said(decision) };
+        let Some(matched) = self.snapshot.routed(table, asked, &Patterns::default()) else { return "404".into() };
+        let clusters = match matched.action.outcome {
+            Outcome::Forward(targets) => targets.into_iter().map(|t| t.cluster).collect::<Vec<_>>().join(" "),
+            Outcome::Redirect(redirect) => redirect.status.to_string(),
+            Outcome::Respond(respond) => respond.status.to_string(),
+        };
+        format!("{} -> {clusters}", matched.name)
+    }
+
     pub fn proxy(&self, authority: &str) -> String {
         let request = Request { listener: Listener::Proxy, authority: authority.as_bytes(), connect: false };
         said(&self.snapshot.request(&request))
@@ -197,6 +224,19 @@ impl World {
             out += &format!(" {}{}", a.address, if a.inspection.as_ref().unwrap().http { "/http" } else { "" });
         }
         out
+    }
+}
+
+/// A GET request for a path.
+pub struct Get<'p>(pub &'p str);
+
+impl Asked for Get<'_> {
+    fn header(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        match name {
+            ":path" => Some(Cow::Borrowed(self.0.as_bytes())),
+            ":method" => Some(Cow::Borrowed(b"GET")),
+            _ => None,
+        }
     }
 }
 
