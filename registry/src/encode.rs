@@ -371,6 +371,7 @@ impl<'s> ChoiceRef<'s> {
         Some((winner, (0..losers).filter_map(move |_| ids.varint()), c))
     }
 
+    #[inline]
     pub(crate) fn cluster(self) -> Option<ClusterRef<'s>> {
         match self.at.first()? & FORM {
             OUTBOUND => Some(ClusterRef::Outbound),
@@ -412,6 +413,7 @@ pub(crate) struct Value<'s> {
 }
 
 impl<'s> Value<'s> {
+    #[inline]
     pub(crate) fn open(bytes: &'s [u8]) -> Option<Self> {
         let mut c = Cursor(bytes);
         let rest = Cursor(c.bytes()?);
@@ -419,6 +421,7 @@ impl<'s> Value<'s> {
     }
 
     /// The choice that begins here, and moves on behind it.
+    #[inline]
     fn choice(&self, c: &mut Cursor<'s>) -> Option<ChoiceRef<'s>> {
         let choice = ChoiceRef { at: c.0, origins: self.origins };
         match choice.at.split_first()? {
@@ -442,6 +445,7 @@ impl<'s> Value<'s> {
     }
 
     /// What a Host row says of a port.
+    #[inline]
     pub(crate) fn host_port(&self, port: u16, wanted: Use) -> Option<ChoiceRef<'s>> {
         let mut c = self.rest;
         for _ in 0..c.varint()? {

@@ -12,6 +12,7 @@ fn finish(mut h: u64) -> u64 {
 }
 
 /// Hash of a row key. The tag keeps kinds of rows apart.
+#[inline]
 pub(crate) fn key(tag: u8, bytes: &[u8]) -> u64 {
     finish(fold(u64::from(tag), bytes))
 }
@@ -21,6 +22,7 @@ pub(crate) fn checksum(seed: u64, bytes: &[u8]) -> u64 {
     finish(fold(seed, bytes))
 }
 
+#[inline]
 fn fold(seed: u64, bytes: &[u8]) -> u64 {
     let mut h = seed.wrapping_mul(K) ^ (bytes.len() as u64);
     let (words, rest) = bytes.as_chunks::<8>();

@@ -170,6 +170,7 @@ impl Snapshot {
     }
 
     /// The most specific pattern that means something on this port.
+    #[inline]
     fn host(&self, name: &[u8], port: u16, wanted: Use) -> Option<(Pattern<'_>, ChoiceRef<'_>)> {
         let under = |tag: u8, key: &[u8]| {
             let (host, value) = self.find(tag, key)?;
@@ -190,6 +191,7 @@ struct Pattern<'s> {
 /// Of rows that are not about a host.
 const NO_HOST: Pattern<'static> = Pattern { star: false, host: b"" };
 
+#[inline]
 fn route<'s>(rule: Rule, port: u16, pattern: Pattern<'s>, choice: ChoiceRef<'s>) -> Decision<'s> {
     let own = |prefix| Cluster::own(prefix, port, pattern.star, pattern.host);
     let verdict = match choice.cluster() {

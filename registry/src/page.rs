@@ -233,6 +233,7 @@ pub(crate) fn parts(row: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 
 /// A bit for each of a group's fingerprints that is the wanted one. No branch depends on the page: nearly every page has
 /// one group, and a branch on a page that is not in the cache yet stops everything behind it.
+#[inline]
 fn same(prints: [u8; GROUP], wanted: u8) -> u32 {
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
     let wanted = u64::from_le_bytes([wanted; 8]);
@@ -247,6 +248,7 @@ fn same(prints: [u8; GROUP], wanted: u8) -> u32 {
 }
 
 /// Key and value of the row that begins here, if it has this key.
+#[inline]
 fn under<'p>(row: &'p [u8], tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])> {
     let mut c = Cursor(row);
     if c.u8()? != tag {
@@ -260,6 +262,7 @@ fn under<'p>(row: &'p [u8], tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])>
 }
 
 /// The key as the page holds it, and its value.
+#[inline]
 pub(crate) fn find<'p>(page: &'p [u8], hash: u64, tag: u8, key: &[u8]) -> Option<(&'p [u8], &'p [u8])> {
     let (prints, offsets) = slots(page)?;
     for (group, prints) in prints.iter().enumerate() {

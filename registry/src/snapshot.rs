@@ -178,6 +178,7 @@ impl Pages {
     }
 
     /// The page that holds a key of this hash, if any does.
+    #[inline]
     fn page(&self, hash: u64) -> Option<&[u8]> {
         let entry = self.table.get(hash.checked_shr(64 - self.depth).unwrap_or(0) as usize)?;
         if !entry.may_hold(hash) {
@@ -355,6 +356,7 @@ impl Snapshot {
     }
 
     /// The key as the snapshot holds it, and its value.
+    #[inline]
     pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<(&[u8], &[u8])> {
         let hash = hash::key(tag, key);
         page::find(self.live.page(hash)?, hash, tag, key)
