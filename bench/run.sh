@@ -20,4 +20,5 @@ for entries in 10000 100000; do
         target/filter/wasm32-wasip1/wasm/portolan_filter.wasm "$venv/envoy" "$entries"
 done
 python3 bench/traffic.py target/release/proxy-host target/release/load "$venv/envoy"
+python3 bench/floods.py target/release/proxy-host target/release/load
 ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm

@@ -41,7 +41,8 @@ pub enum LevelError {
 /// A bare level is for our own parts; a tracing filter can name any.
 fn filter(level: &str) -> Result<EnvFilter, LevelError> {
     let directives = match level.parse::<tracing::Level>() {
-        Ok(level) => format!("warn,portolan_proxy_host={level},portolan_controller={level},filter={level}"),
+        // h2 warns of what clients do, who could fill a disk with it.
+        Ok(level) => format!("warn,h2=error,portolan_proxy_host={level},portolan_controller={level},filter={level}"),
         Err(_) => level.to_owned(),
     };
     let unknown = |why: String| LevelError::Unknown(level.to_owned(), why);

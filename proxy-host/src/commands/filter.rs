@@ -172,7 +172,7 @@ impl Args {
 /// Runs the command until SIGTERM or SIGINT.
 #[must_use]
 pub fn run(args: Args) -> ExitCode {
-    let directives = format!("warn,portolan_proxy_host=info,filter={}", args.log_level.directive());
+    let directives = format!("warn,h2=error,portolan_proxy_host=info,filter={}", args.log_level.directive());
     if let Err(error) = logging::start(&directives, logging::Format::Text) {
         eprintln!("proxy-host filter: {error}");
         return ExitCode::FAILURE;
