@@ -187,10 +187,12 @@ fn orders(host: &impl Host, request: &Headers<'_>, extras: &Extras) -> Result {
             host.replace_request_header(name, &value)?;
         }
     }
-    match extras.mirrors.iter().find(|mirror| hits(mirror.share)) {
-        Some(mirror) => host.replace_request_header(MIRROR_HEADER, mirror.cluster.as_bytes()),
-        None => Ok(()),
+    let mut mirrors = extras.mirrors.iter().filter(|mirror| hits(mirror.share));
+    if let Some(first) = mirrors.next() {
+        host.replace_request_header(MIRROR_HEADER, first.cluster.as_bytes())?;
     }
+    // An Envoy knows the first only.
+    mirrors.try_for_each(|mirror| host.add_request_header(MIRROR_HEADER, mirror.cluster.as_bytes()))
 }
 
 fn change_request(host: &impl Host, request: &Headers<'_>, ops: &HeaderOps) -> Result {

@@ -131,7 +131,8 @@ fn headers_of_the_destination_then_those_of_the_route() {
 #[test]
 fn orders_to_the_host_and_those_of_the_application() {
     let retry = Retry { attempts: 3, on: "5xx".into(), statuses: "418".into(), per_try_ms: 20 };
-    let mirrors = vec![Mirror { cluster: "m".into(), share: ALL }, Mirror { cluster: "never".into(), share: 0 }];
+    let mirror = |cluster: &str, share| Mirror { cluster: cluster.into(), share };
+    let mirrors = vec![mirror("m", ALL), mirror("never", 0), mirror("n", ALL)];
     let extras = Extras { timeout_ms: 1500, retry: Some(retry), mirrors, ..Extras::default() };
     let mut vm = vm(forward(extras));
     let ours = vec![
@@ -141,6 +142,7 @@ fn orders_to_the_host_and_those_of_the_application() {
         set("x-envoy-retry-on", "5xx"),
         set("x-envoy-retriable-status-codes", "418"),
         set("x-portolan-mirror", "m"),
+        Call::Add("x-portolan-mirror".into(), b"n".to_vec()),
     ];
     assert_eq!(ask(&mut vm, "/p", &[]), on(ours));
     let theirs = [("x-envoy-upstream-rq-timeout-ms", "9"), ("x-envoy-max-retries", "1"), ("x-envoy-retry-on", "reset")];
@@ -149,6 +151,7 @@ fn orders_to_the_host_and_those_of_the_application() {
         set("x-envoy-retry-on", "reset,5xx"),
         set("x-envoy-retriable-status-codes", "418"),
         set("x-portolan-mirror", "m"),
+        Call::Add("x-portolan-mirror".into(), b"n".to_vec()),
     ];
     assert_eq!(ask(&mut vm, "/p", &theirs), on(joined));
 }

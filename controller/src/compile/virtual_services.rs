@@ -368,6 +368,9 @@ pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
         out.insert("gateways other than mesh");
     }
     for route in &spec.http {
+        if route.mirror.is_some() || !route.mirrors.is_empty() {
+            out.insert("mirrors, by an Envoy: its clusters remove the order before its router reads it");
+        }
         if let Some(retries) = &route.retries
             && (retries.backoff.is_some()
                 || retries.retry_remote_localities.is_some()
