@@ -82,6 +82,8 @@ pub enum RequestBody {
     },
     /// Kept, for other attempts to read it again.
     Held(replay::Reader),
+    /// A copy of one that is through.
+    Copy(replay::Copy),
 }
 
 impl RequestBody {
@@ -100,9 +102,10 @@ impl Body for RequestBody {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let received = match &*self {
+        let received = match &mut *self {
             Self::Once { received, .. } => received.clone(),
             Self::Held(reader) => reader.received().clone(),
+            Self::Copy(copy) => return Poll::Ready(copy.take().map(Ok)),
         };
         if received.stopped.get() {
             return Poll::Ready(Some(Err(BodyError::Incomplete)));
@@ -118,6 +121,7 @@ impl Body for RequestBody {
                 frame.map(|frame| frame.map_err(BodyError::Source))
             }),
             Self::Held(reader) => reader.poll_frame(cx),
+            Self::Copy(_) => Poll::Ready(None),
         };
         if polled.is_pending() {
             received.reader.replace(Some(cx.waker().clone()));
@@ -129,6 +133,7 @@ impl Body for RequestBody {
         match self {
             Self::Once { inner, .. } => inner.is_end_stream(),
             Self::Held(reader) => reader.is_end_stream(),
+            Self::Copy(copy) => copy.is_empty(),
         }
     }
 
@@ -136,6 +141,7 @@ impl Body for RequestBody {
         match self {
             Self::Once { inner, .. } => inner.size_hint(),
             Self::Held(reader) => reader.size_hint(),
+            Self::Copy(copy) => copy.size_hint(),
         }
     }
 }

@@ -211,9 +211,14 @@ impl Table {
         }
     }
 
-    fn publish(&mut self, cluster: Resolved) {
-        let cluster = Arc::new(cluster);
+    fn publish(&mut self, mut cluster: Resolved) {
         let known = self.clusters.entry(cluster.name.clone()).or_default();
+        if let Some(before) = &known.published {
+            // What is known of endpoints outlives a change.
+            cluster.shared = before.shared.clone();
+            cluster.shared.tidy();
+        }
+        let cluster = Arc::new(cluster);
         if known.published.as_ref() != Some(&cluster) {
             known.published = Some(cluster.clone());
             self.tell(&ToWorker::Cluster(cluster.name.clone(), Some(cluster)));
@@ -305,6 +310,7 @@ fn with_addresses(spec: &Spec<Target>, resolved: &[Vec<Address>]) -> Resolved {
         weighted_localities: spec.weighted_localities,
         protocol: spec.protocol,
         options: spec.options.clone(),
+        shared: spec.shared.clone(),
         dns: spec.dns,
     }
 }
@@ -327,6 +333,7 @@ mod tests {
             weighted_localities: false,
             protocol: Protocol::Http1,
             options: crate::upstream::options::Options::default(),
+            shared: crate::upstream::health::Shared::default(),
             dns: Some(Dns {
                 logical,
                 family: Family::V4,

@@ -111,11 +111,32 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove("proxy-connection");
 }
 
+/// What the filter says to the router.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// What requests are kept together by.
+    pub hash: Option<HeaderValue>,
+    /// Clusters that get a copy.
+    pub mirrors: Vec<String>,
+}
+
 /// Removes what is between the filter and this proxy, so that none of it leaves.
-pub fn remove_own(headers: &mut HeaderMap) {
+pub fn take_orders(headers: &mut HeaderMap) -> Orders {
+    let mut orders = Orders::default();
     while let Some(own) = headers.keys().find(|name| name.as_str().starts_with("x-portolan-")).cloned() {
-        headers.remove(own);
+        match own.as_str() {
+            "x-portolan-mirror" => {
+                let all = headers.get_all(&own).iter();
+                orders.mirrors.extend(all.filter_map(|name| name.to_str().ok().map(str::to_owned)));
+                headers.remove(own);
+            }
+            "x-portolan-hash" => orders.hash = headers.remove(own),
+            _ => {
+                headers.remove(own);
+            }
+        }
     }
+    orders
 }
 
 /// The host and port that an authority names.
@@ -211,9 +232,12 @@ mod tests {
 
     #[test]
     fn nothing_between_us_and_the_filter_leaves() {
-        let mut headers = map(&[("x-portolan-cluster", "c"), ("x-portolan-any", "d"), ("x-porto", "e")]);
-        remove_own(&mut headers);
+        let mut headers =
+            map(&[("x-portolan-mirror", "c"), ("x-portolan-any", "d"), ("x-porto", "e"), ("x-portolan-hash", "h")]);
+        let orders = take_orders(&mut headers);
         assert_eq!(headers, map(&[("x-porto", "e")]));
+        let hash = Some(HeaderValue::from_static("h"));
+        assert_eq!(orders, Orders { hash, mirrors: vec!["c".into()] });
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::VecDeque,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker, ready},
@@ -11,7 +12,7 @@ use ::http::HeaderMap;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::body::{BodyError, Received};
 
@@ -33,6 +34,7 @@ pub struct Held {
     attempt: Cell<u32>,
     waiting: RefCell<Option<Waker>>,
     ended: Notify,
+    copies: RefCell<Vec<oneshot::Sender<Copy>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -46,6 +48,45 @@ enum State {
     More,
     End,
     Failed,
+}
+
+/// A body that is known as a whole.
+#[derive(Debug)]
+pub struct Copy(VecDeque<Kept>);
+
+impl Copy {
+    /// The next part.
+    pub fn take(&mut self) -> Option<Frame<Bytes>> {
+        self.0.pop_front().map(Kept::frame)
+    }
+
+    /// Whether nothing is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How much is left.
+    #[must_use]
+    pub fn size_hint(&self) -> SizeHint {
+        let mut length = 0;
+        for kept in &self.0 {
+            match kept {
+                Kept::Data(data) => length += data.len() as u64,
+                Kept::Trailers(_) => return SizeHint::default(),
+            }
+        }
+        SizeHint::with_exact(length)
+    }
+}
+
+impl Kept {
+    fn frame(self) -> Frame<Bytes> {
+        match self {
+            Self::Data(data) => Frame::data(data),
+            Self::Trailers(trailers) => Frame::trailers(trailers),
+        }
+    }
 }
 
 /// One attempt's view of the body.
@@ -74,6 +115,7 @@ impl Held {
             attempt: Cell::new(0),
             waiting: RefCell::default(),
             ended: Notify::new(),
+            copies: RefCell::default(),
         })
     }
 
@@ -93,6 +135,17 @@ impl Held {
         !self.over.get() && self.state.get() != State::Failed
     }
 
+    /// Gives a copy of the whole body once it is through, and none where it is too long or does not get there.
+    #[must_use]
+    pub fn copy(&self) -> oneshot::Receiver<Copy> {
+        let (sender, copy) = oneshot::channel();
+        self.copies.borrow_mut().push(sender);
+        if self.state.get() != State::More {
+            self.end(self.state.get());
+        }
+        copy
+    }
+
     /// Waits for the end of the client's body, or for ever where it fails.
     pub async fn ended(&self) {
         loop {
@@ -110,6 +163,12 @@ impl Held {
             self.received.end();
         }
         self.ended.notify_waiters();
+        for copy in self.copies.take() {
+            if state == State::End && !self.over.get() {
+                // Whoever wanted it may not want it any more.
+                let _ = copy.send(Copy(self.kept.borrow().iter().cloned().collect()));
+            }
+        }
     }
 
     fn keep(&self, frame: &Frame<Bytes>) -> bool {
@@ -143,10 +202,7 @@ impl Reader {
         }
         if let Some(kept) = held.kept.borrow().get(self.next) {
             self.next += 1;
-            return Poll::Ready(Some(Ok(match kept.clone() {
-                Kept::Data(data) => Frame::data(data),
-                Kept::Trailers(trailers) => Frame::trailers(trailers),
-            })));
+            return Poll::Ready(Some(Ok(kept.clone().frame())));
         }
         match held.state.get() {
             State::End => return Poll::Ready(None),

@@ -2,6 +2,7 @@
 //! and another one is asked where the request's policy says so.
 
 mod failure;
+mod mirror;
 mod policy;
 
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
@@ -23,8 +24,10 @@ use crate::{
     stats,
     upstream::{
         Active, ChooseError, Cluster, Endpoint, Wanted,
+        breakers::{Overflow, Taken},
         cluster::Protocol,
-        connect::Stream,
+        connect::{ConnectError, Stream},
+        health::Outcome,
         http::{self, Lease, SendError},
     },
     vm::RequestHead,
@@ -49,6 +52,8 @@ pub struct Outgoing {
     pub received: Rc<Received>,
     /// It is a gRPC call.
     pub grpc: bool,
+    /// Clusters that get a copy.
+    pub mirrors: Vec<String>,
     /// Who waits for a 100 of the upstream's.
     pub expects: Option<Arc<Control>>,
 }
@@ -71,11 +76,11 @@ async fn choose(
     tried: &[Rc<Endpoint>],
 ) -> Result<Rc<Endpoint>, ChooseError> {
     let mut endpoint = cluster.choose(wanted, &worker.resolver).await?;
-    for _ in 1..SELECTIONS {
+    for attempt in 1..SELECTIONS {
         if !tried.iter().any(|before| Rc::ptr_eq(before, &endpoint)) {
             break;
         }
-        endpoint = cluster.choose(wanted, &worker.resolver).await?;
+        endpoint = cluster.choose_again(wanted, &worker.resolver, attempt).await?;
     }
     Ok(endpoint)
 }
@@ -119,29 +124,17 @@ impl Source {
     }
 }
 
-/// Sends a request; `http2`: the client speaks HTTP/2.
-///
-/// # Errors
-/// There is no response.
-pub async fn send(
-    worker: &Worker,
-    cluster: &Cluster,
-    wanted: &Wanted,
-    outgoing: Outgoing,
-    http2: bool,
-    entry: &mut Entry,
-) -> Result<Answered, Failure> {
-    let http2 = match cluster.spec().protocol {
+/// Whether a cluster is spoken to in HTTP/2; `client`: the client speaks it.
+fn speaks_http2(cluster: &Cluster, client: bool) -> bool {
+    match cluster.spec().protocol {
         Protocol::Http1 => false,
         Protocol::Http2 => true,
-        Protocol::SameAsClient => http2,
-    };
-    let Outgoing { mut head, body, received, grpc, expects } = outgoing;
-    if http2 && let Some(control) = &expects {
-        // hyper does not say what an HTTP/2 server said before its answer.
-        control.go_on();
+        Protocol::SameAsClient => client,
     }
-    let policy = Policy::take(&mut head.headers, grpc);
+}
+
+/// The request's target and headers towards an upstream of either version.
+fn towards(head: RequestHead, http2: bool) -> Result<(Method, Uri, HeaderMap), Failure> {
     let uri = target(&head, http2).map_err(|_| Failure::Filter)?;
     let mut headers = head.headers;
     if http2 {
@@ -151,159 +144,231 @@ pub async fn send(
     if let Some(authority) = head.authority.filter(|_| !http2 || uri.authority().is_none()) {
         headers.insert(HOST, authority);
     }
-    let version = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
-    if policy.repeats || policy.timeout.is_some() {
-        let body = Held::new(body, received);
-        let source = Source::Held { method: head.method, uri, version, headers, body };
-        // Rare, and its state must not weigh on each request.
-        return Box::pin(within(worker, cluster, wanted, source, http2, policy, entry, expects)).await;
+    Ok((head.method, uri, headers))
+}
+
+/// Sends a request; `client`: the client speaks HTTP/2.
+///
+/// # Errors
+/// There is no response.
+pub async fn send(
+    worker: &Rc<Worker>,
+    cluster: &Cluster,
+    wanted: &Wanted,
+    outgoing: Outgoing,
+    client: bool,
+    entry: &mut Entry,
+) -> Result<Answered, Failure> {
+    let http2 = speaks_http2(cluster, client);
+    let Outgoing { mut head, body, received, grpc, mirrors, expects } = outgoing;
+    if http2 && let Some(control) = &expects {
+        // hyper does not say what an HTTP/2 server said before its answer.
+        control.go_on();
     }
+    let policy = Policy::take(&mut head.headers, grpc);
+    if policy.repeats || policy.timeout.is_some() || !mirrors.is_empty() {
+        let body = Held::new(body, received);
+        for mirror in mirrors {
+            mirror::start(worker, mirror, head.clone(), &body, client, policy.timeout);
+        }
+        let (method, uri, headers) = towards(head, http2)?;
+        let version = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
+        let source = Source::Held { method, uri, version, headers, body };
+        // Rare, and its state must not weigh on each request.
+        let way = Way { worker, cluster, wanted, http2, expects };
+        return Box::pin(way.within(source, policy, entry)).await;
+    }
+    let (method, uri, headers) = towards(head, http2)?;
     let mut request = Request::new(RequestBody::new(body, received));
-    *request.method_mut() = head.method;
+    *request.method_mut() = method;
     *request.uri_mut() = uri;
-    *request.version_mut() = version;
+    if http2 {
+        *request.version_mut() = Version::HTTP_2;
+    }
     *request.headers_mut() = headers;
     let source = Source::Once(Some(request));
-    let mut tries = Tries::default();
-    let (response, lease) =
-        attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries, expects).await?;
+    let way = Way { worker, cluster, wanted, http2, expects };
+    let (response, lease) = way.attempts(source, policy, entry, &mut Progress::default()).await?;
     Ok(Answered { response, lease, deadline: None })
 }
 
-/// The same, with a time limit where the policy has one: it begins at the end of the request.
-#[allow(clippy::too_many_arguments, reason = "each is one thing that an attempt goes by")]
-async fn within(
-    worker: &Worker,
-    cluster: &Cluster,
-    wanted: &Wanted,
-    source: Source,
+/// Where a request goes.
+struct Way<'w> {
+    worker: &'w Worker,
+    cluster: &'w Cluster,
+    wanted: &'w Wanted,
     http2: bool,
-    policy: Policy,
-    entry: &mut Entry,
     expects: Option<Arc<Control>>,
-) -> Result<Answered, Failure> {
-    let no_content = policy.no_content;
-    let mut deadline: Option<Deadline> = policy.timeout.map(|timeout| {
-        let body = source.body().cloned();
-        let wait: Deadline = Box::pin(async move {
-            if let Some(body) = body {
-                body.ended().await;
-            }
-            tokio::time::sleep(timeout).await;
-        });
-        wait
-    });
-    let mut tries = Tries::default();
-    let ended = {
-        let sending = attempts(worker, cluster, wanted, source, http2, policy, entry, &mut tries, expects);
-        match &mut deadline {
-            None => Some(sending.await),
-            Some(deadline) => tokio::select! {
-                biased;
-                ended = sending => Some(ended),
-                () = deadline.as_mut() => None,
-            },
-        }
-    };
-    match ended {
-        Some(Ok((response, lease))) => Ok(Answered { response, lease, deadline }),
-        Some(Err(failure)) => Err(failure),
-        None => {
-            stats::here(|stats| stats.upstream_request_timeouts.add(1));
-            Err(Failure::Timeout { attempt: false, no_content, tries })
-        }
-    }
 }
 
-#[allow(clippy::too_many_arguments, reason = "each is one thing that an attempt goes by")]
-async fn attempts(
-    worker: &Worker,
-    cluster: &Cluster,
-    wanted: &Wanted,
-    mut source: Source,
-    http2: bool,
-    mut policy: Policy,
-    entry: &mut Entry,
-    tries: &mut Tries,
-    expects: Option<Arc<Control>>,
-) -> Result<(Response<Incoming>, Lease), Failure> {
-    let mut tried = Vec::new();
-    let mut retry = 0;
-    loop {
-        let endpoint = choose(worker, cluster, wanted, &tried).await.map_err(Failure::Choose)?;
-        let Some(mut request) = source.next() else { return Err(Failure::Filter) };
-        request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
-        if let Some(control) = expects.clone() {
-            hyper::ext::on_informational(&mut request, move |said| {
-                if said.status() == StatusCode::CONTINUE {
-                    control.go_on();
+/// How far a request has come.
+#[derive(Default)]
+struct Progress {
+    tries: Tries,
+    /// The endpoint that is being asked.
+    endpoint: Option<Rc<Endpoint>>,
+    /// Counts as a retry.
+    retry: Option<Taken>,
+}
+
+impl Way<'_> {
+    /// All attempts, with a time limit where the policy has one: it begins at the end of the request.
+    async fn within(&self, source: Source, policy: Policy, entry: &mut Entry) -> Result<Answered, Failure> {
+        let no_content = policy.no_content;
+        let mut deadline: Option<Deadline> = policy.timeout.map(|timeout| {
+            let body = source.body().cloned();
+            let wait: Deadline = Box::pin(async move {
+                if let Some(body) = body {
+                    body.ended().await;
                 }
+                tokio::time::sleep(timeout).await;
             });
+            wait
+        });
+        let mut progress = Progress::default();
+        let ended = {
+            let sending = self.attempts(source, policy, entry, &mut progress);
+            match &mut deadline {
+                None => Some(sending.await),
+                Some(deadline) => tokio::select! {
+                    biased;
+                    ended = sending => Some(ended),
+                    () = deadline.as_mut() => None,
+                },
+            }
+        };
+        match ended {
+            Some(Ok((response, lease))) => Ok(Answered { response, lease, deadline }),
+            Some(Err(failure)) => Err(failure),
+            None => {
+                stats::here(|stats| stats.upstream_request_timeouts.add(1));
+                if let Some(endpoint) = &progress.endpoint {
+                    self.cluster.note(endpoint, Outcome::Late);
+                }
+                Err(Failure::Timeout { attempt: false, no_content, tries: progress.tries })
+            }
         }
-        let begun = retry > 0 && policy.timeout.is_some();
-        if begun {
-            policy.announce(request.headers_mut(), entry.elapsed());
-        }
-        let limit = policy.per_try.map(|time| (time, source.body().cloned()));
-        let (failure, again): (_, bool) =
-            match http::send(cluster, &endpoint, request, http2, cluster.host_of(wanted), limit).await {
+    }
+
+    async fn attempts(
+        &self,
+        mut source: Source,
+        mut policy: Policy,
+        entry: &mut Entry,
+        progress: &mut Progress,
+    ) -> Result<(Response<Incoming>, Lease), Failure> {
+        let mut tried = Vec::new();
+        let mut retry = 0;
+        loop {
+            let chosen = choose(self.worker, self.cluster, self.wanted, &tried).await;
+            let endpoint = progress.endpoint.insert(chosen.map_err(Failure::Choose)?).clone();
+            let Some(mut request) = source.next() else { return Err(Failure::Filter) };
+            request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
+            if let Some(control) = self.expects.clone() {
+                hyper::ext::on_informational(&mut request, move |said| {
+                    if said.status() == StatusCode::CONTINUE {
+                        control.go_on();
+                    }
+                });
+            }
+            if retry > 0 && policy.timeout.is_some() {
+                policy.announce(request.headers_mut(), entry.elapsed());
+            }
+            let limit = policy.per_try.map(|time| (time, source.body().cloned()));
+            let host = self.cluster.host_of(self.wanted);
+            let failure = match http::send(self.cluster, &endpoint, request, self.http2, host, limit).await {
                 Ok((response, lease)) => {
                     entry.upstream = Some(lease.address.to_string());
+                    self.cluster.note(&endpoint, Outcome::Status(response.status().as_u16()));
                     if !policy.rejects(&response) {
                         return Ok((response, lease));
                     }
-                    if !may_retry(&mut policy, &source, tries) {
-                        entry.flags = flags::join(entry.flags, tries.flag);
+                    if !self.may_retry(&mut policy, &source, progress) {
+                        entry.flags = flags::join(entry.flags, progress.tries.flag);
                         return Ok((response, lease));
                     }
-                    (None, true)
+                    None
                 }
-                Err(SendError::Reset { error, address }) => {
-                    entry.upstream = Some(address.to_string());
-                    let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
-                    let again = policy.retries_after(ended, true) && may_retry(&mut policy, &source, tries);
-                    (Some(Failure::Reset(error, *tries)), again)
-                }
-                Err(SendError::Timeout(address)) => {
-                    entry.upstream = Some(address.to_string());
-                    stats::here(|stats| stats.upstream_try_timeouts.add(1));
-                    let again = policy.retries_after(Ended::Timeout, true) && may_retry(&mut policy, &source, tries);
-                    let no_content = policy.no_content;
-                    (Some(Failure::Timeout { attempt: true, no_content, tries: *tries }), again)
-                }
-                Err(SendError::Connect(error, address, unsent)) => {
-                    entry.upstream = address.map(|address| address.to_string());
-                    if let Source::Once(request) = &mut source {
-                        *request = Some(*unsent);
-                    }
-                    let again = policy.retries_after(Ended::Connect, false) && may_retry(&mut policy, &source, tries);
-                    (Some(Failure::Connect(error, *tries)), again)
-                }
+                Err(error) => self.failed(error, &endpoint, &mut source, &mut policy, entry, progress),
             };
-        match failure {
-            Some(failure) if !again => return Err(failure),
-            _ => {}
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            tried.push(endpoint);
+            retry += 1;
+            progress.tries.retried = true;
+            back_off(retry).await;
         }
-        tried.push(endpoint);
-        retry += 1;
-        tries.retried = true;
-        back_off(retry).await;
     }
-}
 
-/// Takes one of the retries that are left, or notes why there is none.
-fn may_retry(policy: &mut Policy, source: &Source, tries: &mut Tries) -> bool {
-    if !source.is_left() {
-        return false;
+    /// What an attempt without a response comes to; `None`: there is another one.
+    fn failed(
+        &self,
+        error: SendError,
+        endpoint: &Endpoint,
+        source: &mut Source,
+        policy: &mut Policy,
+        entry: &mut Entry,
+        progress: &mut Progress,
+    ) -> Option<Failure> {
+        let mut again = |source: &Source, ended, begun| {
+            policy.retries_after(ended, begun) && self.may_retry(policy, source, progress)
+        };
+        match error {
+            SendError::Reset { error, address } => {
+                entry.upstream = Some(address.to_string());
+                self.cluster.note(endpoint, Outcome::Broken);
+                let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
+                (!again(source, ended, true)).then(|| Failure::Reset(error, progress.tries))
+            }
+            SendError::Timeout(address) => {
+                entry.upstream = Some(address.to_string());
+                self.cluster.note(endpoint, Outcome::Late);
+                stats::here(|stats| stats.upstream_try_timeouts.add(1));
+                let over = !again(source, Ended::Timeout, true);
+                let (no_content, tries) = (policy.no_content, progress.tries);
+                over.then_some(Failure::Timeout { attempt: true, no_content, tries })
+            }
+            // What is too much already is not tried again.
+            SendError::Overflow => Some(Failure::Overflow(progress.tries)),
+            SendError::Connect(error, address, unsent) => {
+                entry.upstream = address.map(|address| address.to_string());
+                if let ConnectError::Overflow = error {
+                    return Some(Failure::Overflow(progress.tries));
+                }
+                self.cluster.note(endpoint, Outcome::Broken);
+                if let Source::Once(request) = source {
+                    *request = Some(*unsent);
+                }
+                (!again(source, Ended::Connect, false)).then(|| Failure::Connect(error, progress.tries))
+            }
+        }
     }
-    if policy.retries == 0 {
-        stats::here(|stats| stats.upstream_retries_exceeded.add(1));
-        tries.flag = "URX";
-        return false;
+
+    /// Takes one of the retries that are left, or notes why there is none.
+    fn may_retry(&self, policy: &mut Policy, source: &Source, progress: &mut Progress) -> bool {
+        if !source.is_left() {
+            return false;
+        }
+        if policy.retries == 0 {
+            stats::here(|stats| stats.upstream_retries_exceeded.add(1));
+            progress.tries.flag = "URX";
+            return false;
+        }
+        policy.retries -= 1;
+        progress.retry = None;
+        let spec = self.cluster.spec();
+        match spec.shared.retry(&spec.options.limits) {
+            Ok(taken) => progress.retry = taken,
+            Err(Overflow) => {
+                stats::here(|stats| stats.upstream_overflows.add(1));
+                progress.tries.flag = "UO";
+                return false;
+            }
+        }
+        stats::here(|stats| stats.upstream_retries.add(1));
+        true
     }
-    policy.retries -= 1;
-    stats::here(|stats| stats.upstream_retries.add(1));
-    true
 }
 
 /// Opens a connection for a tunnel.
@@ -320,7 +385,10 @@ pub async fn connect(
     entry.upstream = endpoint.address().map(ToString::to_string);
     let active = endpoint.begin();
     let connected = cluster.connect(&endpoint).await;
-    let (stream, address) = connected.map_err(|error| Failure::Connect(error, Tries::default()))?;
+    let (stream, address) = connected.map_err(|error| match error {
+        ConnectError::Overflow => Failure::Overflow(Tries::default()),
+        error => Failure::Connect(error, Tries::default()),
+    })?;
     entry.upstream = Some(address.to_string());
     Ok((stream, active))
 }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::listener::Kind;
+use crate::{listener::Kind, upstream::breakers::Taken};
 
 /// Upper bounds of the buckets of durations, in milliseconds (Envoy's, shortened); one more bucket takes the rest.
 pub const DURATIONS: [u64; 12] = [1, 5, 10, 25, 50, 100, 250, 500, 1_000, 5_000, 30_000, 300_000];
@@ -89,6 +89,8 @@ pub struct WorkerStats {
     pub upstream_retries: Cell,
     /// Requests that were not tried again because no retry was left.
     pub upstream_retries_exceeded: Cell,
+    /// Requests, retries and connections refused because there were too many towards a cluster.
+    pub upstream_overflows: Cell,
     /// Lines of the access log that were dropped because nobody reads it.
     pub lost_lines: Cell,
     /// 1 once the filter has its first snapshot.
@@ -125,7 +127,7 @@ pub fn here(count: impl FnOnce(&WorkerStats)) {
 
 /// Counts a connection to an upstream as open for as long as it lives.
 #[derive(Debug)]
-pub struct UpstreamOpen(());
+pub struct UpstreamOpen(Option<Taken>);
 
 impl UpstreamOpen {
     /// One more.
@@ -136,7 +138,12 @@ impl UpstreamOpen {
             stats.upstream_opened.add(1);
             stats.upstream_open.add(1);
         });
-        Self(())
+        Self(None)
+    }
+
+    /// Also counts among the connections of its cluster.
+    pub fn hold(&mut self, taken: Option<Taken>) {
+        self.0 = taken;
     }
 }
 

@@ -162,6 +162,8 @@ fn traffic(admin: &Admin, families: &mut Families) {
     families.counter("portolan_upstream_retries", help, stats.sum(|w| &w.upstream_retries));
     let help = "Requests that were not sent again because no retry was left";
     families.counter("portolan_upstream_retries_exceeded", help, stats.sum(|w| &w.upstream_retries_exceeded));
+    let help = "Requests, retries and connections refused because a cluster's limits were reached";
+    families.counter("portolan_upstream_overflows", help, stats.sum(|w| &w.upstream_overflows));
     let scopes = vec![
         (vec![("of", "request".to_owned())], stats.sum(|w| &w.upstream_request_timeouts)),
         (vec![("of", "attempt".to_owned())], stats.sum(|w| &w.upstream_try_timeouts)),

@@ -30,7 +30,7 @@ use crate::{
     headers::{self, authority_parts},
     path,
     router::{self, Failure},
-    upstream::Wanted,
+    upstream::{Wanted, hash},
     vm::{LocalResponse, RequestHead, ResponseHead},
     worker::Worker,
 };
@@ -125,7 +125,7 @@ async fn answer(
         return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
     };
     let delay = router::delay(&mut head.headers);
-    headers::remove_own(&mut head.headers);
+    let orders = headers::take_orders(&mut head.headers);
     let found = worker.cluster(&name).await;
     exchange.entry.cluster = Some(name);
     let cluster = match found {
@@ -141,11 +141,12 @@ async fn answer(
     }
     let (host, port) = authority_parts(head.authority.as_ref());
     let destination = connection.captured.then_some(connection.destination);
-    let wanted = Wanted { destination, host, port };
+    let hash = orders.hash.as_ref().map(|value| hash::of(value.as_bytes()));
+    let wanted = Wanted { destination, host, port, hash };
     let answered = if method == Method::CONNECT {
         Box::pin(exchange.tunnel(worker, &cluster, &wanted, request, stream)).await
     } else {
-        exchange.forward(worker, &cluster, &wanted, head, request, stream).await
+        exchange.forward(worker, &cluster, &wanted, (head, orders.mirrors), request, stream).await
     };
     match answered {
         Ok(response) => Ok(response),
@@ -249,7 +250,7 @@ impl Exchange {
         worker: &Rc<Worker>,
         cluster: &crate::upstream::Cluster,
         wanted: &Wanted,
-        head: RequestHead,
+        (head, mirrors): (RequestHead, Vec<String>),
         mut incoming: Request<Incoming>,
         stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
@@ -260,7 +261,8 @@ impl Exchange {
         if let Some(control) = &expects {
             control.expects();
         }
-        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, expects };
+        let request =
+            router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, mirrors, expects };
         let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
         let router::Answered { mut response, lease, deadline } = match sent {
             Ok(answered) => answered,
@@ -361,7 +363,11 @@ impl Exchange {
 
     fn failed(mut self, failure: &Failure) -> Response<ResponseBody> {
         self.entry.reason = Some(failure.details());
-        self.refuse(failure.status(), Bytes::from(failure.body()), failure.flags())
+        let mut answer = self.refuse(failure.status(), Bytes::from(failure.body()), failure.flags());
+        if let Failure::Overflow(_) = failure {
+            answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+        }
+        answer
     }
 
     fn reply(mut self, status: StatusCode, body: Bytes, grpc_status: Option<u32>) -> Response<ResponseBody> {

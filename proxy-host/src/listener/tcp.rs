@@ -12,7 +12,7 @@ use super::{
 use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
-    upstream::Wanted,
+    upstream::{Wanted, connect::ConnectError},
     worker::Worker,
 };
 
@@ -62,6 +62,7 @@ async fn carry(
         destination: connection.captured.then_some(connection.destination),
         host: entry.authority.clone(),
         port: None,
+        hash: None,
     };
     let endpoint = match cluster.choose(&wanted, &worker.resolver).await {
         Ok(endpoint) => endpoint,
@@ -79,7 +80,7 @@ async fn carry(
         }
         Err(error) => {
             entry.reason = Some(error.to_string());
-            return Err("UF");
+            return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF" });
         }
     };
     let ended = if let Some(socket) = upstream.socket() {

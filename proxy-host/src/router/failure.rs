@@ -23,6 +23,8 @@ pub enum Failure {
     Choose(ChooseError),
     /// No endpoint could be connected to.
     Connect(ConnectError, Tries),
+    /// There are as many requests or connections as there may be.
+    Overflow(Tries),
     /// The connection ended before the response.
     Reset(hyper::Error, Tries),
     /// The time for the request, or for the last attempt, has passed.
@@ -57,6 +59,7 @@ impl Failure {
             Self::Choose(ChooseError::NoEndpoint) => "UH",
             Self::Choose(ChooseError::Resolve(_)) => "DF",
             Self::Connect(_, tries) => flags::join("UF", tries.flag),
+            Self::Overflow(tries) => flags::join("UO", tries.flag),
             Self::Reset(error, tries) if error.is_parse() => flags::join("UPE", tries.flag),
             Self::Reset(_, tries) => flags::join("UC", tries.flag),
             Self::Timeout { tries, .. } => flags::join("UT", tries.flag),
@@ -75,6 +78,7 @@ impl Failure {
             Self::Choose(ChooseError::NoEndpoint) => "no healthy upstream".into(),
             Self::Choose(ChooseError::Resolve(_)) => "DNS resolution failure".into(),
             Self::Connect(error, tries) => before(error, tries),
+            Self::Overflow(tries) => before(&"overflow", tries),
             Self::Reset(error, tries) if error.is_parse() => before(&"protocol error", tries),
             Self::Reset(_, tries) => before(&"connection termination", tries),
             Self::Timeout { no_content: true, .. } => String::new(),
@@ -90,6 +94,7 @@ impl Failure {
             Self::Choose(ChooseError::NoEndpoint) => "no_healthy_upstream".into(),
             Self::Choose(ChooseError::Resolve(error)) => format!("dns_resolution_failure{{{error}}}"),
             Self::Connect(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
+            Self::Overflow(_) => "upstream_reset_before_response_started{overflow}".into(),
             Self::Reset(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
             Self::Timeout { attempt: true, .. } => "upstream_per_try_timeout".into(),
             Self::Timeout { .. } => "response_timeout".into(),

@@ -20,12 +20,20 @@ use portolan_proto::envoy::envoy::{
 };
 use prost::Message as _;
 
-use super::options::{self, Options};
+use super::{
+    health::Shared,
+    options::{self, Options},
+};
 
 /// Envoy's default (`Cluster.connect_timeout`).
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Envoy's default (`Cluster.dns_refresh_rate`).
 const DEFAULT_DNS_REFRESH: Duration = Duration::from_secs(5);
+
+/// Envoy's default for the points of a ring.
+const RING: u64 = 1024;
+/// Envoy's default for the size of a Maglev table.
+const MAGLEV: u64 = 65537;
 
 /// Where a connection is opened to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -123,6 +131,10 @@ pub enum Policy {
     LeastRequest,
     /// Any.
     Random,
+    /// By a request's hash on a ring of at least so many points.
+    RingHash(u64),
+    /// By a request's hash in a Maglev table of this size.
+    Maglev(u64),
 }
 
 /// The protocol spoken upstream.
@@ -153,6 +165,8 @@ pub struct Spec<A> {
     pub protocol: Protocol,
     /// TLS, limits and what else there is to a connection.
     pub options: Options,
+    /// What all workers know of its endpoints.
+    pub shared: Shared,
     /// Set where endpoints are names.
     pub dns: Option<Dns>,
 }
@@ -241,8 +255,19 @@ impl Spec<Target> {
         let policy = match LbPolicy::try_from(cluster.lb_policy) {
             Ok(LbPolicy::RoundRobin) => Policy::RoundRobin,
             Ok(LbPolicy::LeastRequest) => Policy::LeastRequest,
-            // Without a hash of the request Envoy, too, takes any endpoint.
-            Ok(LbPolicy::Random | LbPolicy::RingHash | LbPolicy::Maglev) => Policy::Random,
+            Ok(LbPolicy::Random) => Policy::Random,
+            Ok(LbPolicy::RingHash) => match &cluster.lb_config {
+                Some(LbConfig::RingHashLbConfig(ring)) => {
+                    Policy::RingHash(ring.minimum_ring_size.as_ref().map_or(RING, |size| size.value))
+                }
+                _ => Policy::RingHash(RING),
+            },
+            Ok(LbPolicy::Maglev) => match &cluster.lb_config {
+                Some(LbConfig::MaglevLbConfig(maglev)) => {
+                    Policy::Maglev(maglev.table_size.as_ref().map_or(MAGLEV, |size| size.value))
+                }
+                _ => Policy::Maglev(MAGLEV),
+            },
             Ok(LbPolicy::ClusterProvided) if !matches!(discovery, Discovery::Endpoints(_)) => Policy::RoundRobin,
             Ok(other) => return Err(ClusterError::Policy(other.as_str_name().into())),
             Err(_) => return Err(ClusterError::Policy(cluster.lb_policy.to_string())),
@@ -261,6 +286,7 @@ impl Spec<Target> {
             protocol: protocol(cluster)?,
             // Plain text must never stand in for TLS: what is not known is refused.
             options: options::read(cluster)?,
+            shared: Shared::default(),
             dns,
         })
     }

@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
-use super::{Resolved, cluster::Address, options::Keepalive, tls::Connector};
+use super::{Resolved, breakers::Taken, cluster::Address, options::Keepalive, tls::Connector};
 use crate::{
     listener::relay::Socket,
     stats::{self, UpstreamOpen},
@@ -39,13 +39,16 @@ pub enum ConnectError {
     /// TLS did not come about.
     #[error("remote connection failure, transport failure reason: TLS_error:|{0}:TLS_error_end")]
     Tls(String),
+    /// The cluster has as many connections, or requests that wait for one, as it may.
+    #[error("overflow")]
+    Overflow,
     /// It took longer than the cluster allows.
     #[error("connection timeout")]
     Timeout,
 }
 
 /// Connects to the first of the addresses that answers, in order, all within one timeout; `host` is what the request
-/// is for.
+/// is for; `first`: the limit of connections does not matter.
 ///
 /// # Errors
 /// The last address's failure, or the timeout.
@@ -54,7 +57,11 @@ pub async fn connect(
     spec: &Resolved,
     tls: &Connector,
     host: Option<&str>,
+    first: bool,
 ) -> Result<(Stream, Address), ConnectError> {
+    let Ok(mut counted) = spec.shared.connection(&spec.options.limits, first) else {
+        return Err(ConnectError::Overflow);
+    };
     let attempt = async {
         let mut last = ConnectError::Io(io::Error::from(io::ErrorKind::AddrNotAvailable));
         for address in addresses {
@@ -71,6 +78,7 @@ pub async fn connect(
                     UnixStream::connect(path).await.map(|stream| Stream::Unix(stream, UpstreamOpen::new()))
                 }
             };
+            let opened = opened.map(|stream| stream.holding(counted.take()));
             let secured = match (opened, &spec.options.tls) {
                 (Ok(stream), None) => Ok(stream),
                 (Ok(stream), Some(settings)) => Box::pin(tls.connect(settings, host, stream)).await,
@@ -120,6 +128,14 @@ impl Stream {
             Self::Unix(stream, _) => Some(Socket::Unix(stream)),
             Self::Tls(_) => None,
         }
+    }
+
+    /// Keeps what counts it.
+    fn holding(mut self, taken: Option<Taken>) -> Self {
+        if let Self::Tcp(_, open) | Self::Unix(_, open) = &mut self {
+            open.hold(taken);
+        }
+        self
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     future::Future,
-    rc::Rc,
+    rc::{Rc, Weak},
     time::{Duration, Instant},
 };
 
@@ -13,18 +13,30 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Notify;
 
-use super::{Active, Cluster, Endpoint, cluster::Address, connect::ConnectError, options};
+use super::{
+    Active, Cluster, Endpoint,
+    breakers::{Overflow, Taken},
+    cluster::Address,
+    connect::ConnectError,
+    options,
+};
 use crate::{
     body::RequestBody,
     exec::{self, LocalExec},
     replay::Held,
+    stats,
 };
 
 /// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
 #[derive(Default)]
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
+    /// Connections that are open, in use or not.
+    open: Cell<u32>,
+    /// Told when one becomes free, or ends.
+    freed: Notify,
     http2: RefCell<Option<Shared>>,
 }
 
@@ -75,6 +87,7 @@ pub struct Lease {
     /// The address that answered.
     pub address: Address,
     _active: Active,
+    _request: Option<Taken>,
 }
 
 impl Lease {
@@ -84,6 +97,7 @@ impl Lease {
             let (address, host) = (self.address.clone(), self.host.take());
             let idle = Idle { sender, address, host, left: self.left, since: Instant::now() };
             self.endpoint.pool.idle.borrow_mut().push(idle);
+            self.endpoint.pool.freed.notify_one();
         }
     }
 }
@@ -94,6 +108,9 @@ pub enum SendError {
     /// No connection; the request was not sent and may go elsewhere.
     #[error("{0}")]
     Connect(#[source] ConnectError, Option<Address>, Box<Request<RequestBody>>),
+    /// There are as many requests as there may be.
+    #[error("overflow")]
+    Overflow,
     /// There was no response in time.
     #[error("upstream request timeout")]
     Timeout(Address),
@@ -150,6 +167,11 @@ pub async fn send(
     host: Option<&str>,
     limit: Option<Limit>,
 ) -> Result<(Response<Incoming>, Lease), SendError> {
+    let spec = cluster.spec();
+    let Ok(counted) = spec.shared.request(&spec.options.limits) else {
+        stats::here(|stats| stats.upstream_overflows.add(1));
+        return Err(SendError::Overflow);
+    };
     let active = endpoint.begin();
     loop {
         let Checked { mut sender, address, host, left, kept } = match checkout(cluster, endpoint, http2, host).await {
@@ -176,7 +198,15 @@ pub async fn send(
                     Sender::Http1(sender) => Some(sender),
                     Sender::Http2(_) => None,
                 };
-                let lease = Lease { endpoint: endpoint.clone(), sender, host, left, address, _active: active };
+                let lease = Lease {
+                    endpoint: endpoint.clone(),
+                    sender,
+                    host,
+                    left,
+                    address,
+                    _active: active,
+                    _request: counted,
+                };
                 return Ok((response, lease));
             }
             Err(mut failure) => match failure.take_message() {
@@ -215,19 +245,28 @@ async fn checkout(
     http2: bool,
     host: Option<&str>,
 ) -> Result<Checked, ConnectError> {
+    if let Some(kept) = reuse(cluster, endpoint, http2, host).await {
+        return Ok(kept);
+    }
+    // Opening one is rare: its state must not weigh on each request.
+    let limits = cluster.spec().options.limits;
+    if limits.connections.is_some() || limits.pending.is_some() {
+        return Box::pin(wait(cluster, endpoint, http2, host)).await;
+    }
+    Box::pin(open(cluster, endpoint, http2, host)).await
+}
+
+/// A connection of those that are kept.
+async fn reuse(cluster: &Cluster, endpoint: &Rc<Endpoint>, http2: bool, host: Option<&str>) -> Option<Checked> {
     if http2 {
         let kept = endpoint.pool.http2.borrow().clone();
-        if let Some(Shared { mut sender, address, host: its, left, used }) = kept
-            && its.as_deref() == host
-            && left.get() > 0
-            && sender.ready().await.is_ok()
-        {
-            left.set(left.get().saturating_sub(1));
-            used.set(Instant::now());
-            return Ok(Checked { sender: Sender::Http2(sender), address, host: its, left: left.get(), kept: true });
+        let Shared { mut sender, address, host: its, left, used } = kept?;
+        if its.as_deref() != host || left.get() == 0 || sender.ready().await.is_err() {
+            return None;
         }
-        // Opening one is rare: its state must not weigh on each request.
-        return Box::pin(open_http2(cluster, endpoint, host)).await;
+        left.set(left.get().saturating_sub(1));
+        used.set(Instant::now());
+        return Some(Checked { sender: Sender::Http2(sender), address, host: its, left: left.get(), kept: true });
     }
     loop {
         let kept = {
@@ -237,21 +276,41 @@ async fn checkout(
                 Some(_) => idle.iter().rposition(|c| c.host.as_deref() == host).map(|at| idle.swap_remove(at)),
             }
         };
-        match kept {
-            Some(Idle { mut sender, address, host, left, since }) => {
-                // Where the time is short, looking for old ones now and then is not enough.
-                let short = cluster.spec().options.idle.filter(|idle| *idle < options::IDLE);
-                if short.is_some_and(|idle| since.elapsed() >= idle) {
-                    continue;
-                }
-                if !sender.is_closed() && sender.ready().await.is_ok() {
-                    return Ok(Checked { sender: Sender::Http1(sender), address, host, left: left - 1, kept: true });
-                }
-            }
-            None => break,
+        let Idle { mut sender, address, host, left, since } = kept?;
+        // Where the time is short, looking for old ones now and then is not enough.
+        let short = cluster.spec().options.idle.filter(|idle| *idle < options::IDLE);
+        if short.is_some_and(|idle| since.elapsed() >= idle) {
+            continue;
+        }
+        if !sender.is_closed() && sender.ready().await.is_ok() {
+            return Some(Checked { sender: Sender::Http1(sender), address, host, left: left - 1, kept: true });
         }
     }
-    Box::pin(open_http1(cluster, endpoint, host)).await
+}
+
+/// Opens a connection where there may be one more, else waits for one that becomes free.
+async fn wait(
+    cluster: &Cluster,
+    endpoint: &Rc<Endpoint>,
+    http2: bool,
+    host: Option<&str>,
+) -> Result<Checked, ConnectError> {
+    let spec = cluster.spec();
+    let overflow = || {
+        stats::here(|stats| stats.upstream_overflows.add(1));
+        ConnectError::Overflow
+    };
+    let _waiting = spec.shared.waiting(&spec.options.limits).map_err(|Overflow| overflow())?;
+    loop {
+        match open(cluster, endpoint, http2, host).await {
+            Err(ConnectError::Overflow) => {}
+            opened => return opened,
+        }
+        endpoint.pool.freed.notified().await;
+        if let Some(kept) = reuse(cluster, endpoint, http2, host).await {
+            return Ok(kept);
+        }
+    }
 }
 
 /// Requests that a new connection may carry after its first.
@@ -259,35 +318,63 @@ fn most(cluster: &Cluster) -> u32 {
     cluster.spec().options.requests_per_connection.map_or(u32::MAX, |most| most - 1)
 }
 
-async fn open_http2(cluster: &Cluster, endpoint: &Rc<Endpoint>, host: Option<&str>) -> Result<Checked, ConnectError> {
-    let (stream, address) = cluster.connect_for(endpoint, host).await?;
-    let mut builder = http2::Builder::new(LocalExec);
-    builder.timer(TokioTimer::new());
-    let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    exec::spawn(async move {
-        // Its requests report how it ended.
-        let _ = connection.await;
-    });
-    let (host, left) = (host.map(Rc::from), most(cluster));
-    *endpoint.pool.http2.borrow_mut() = Some(Shared {
-        sender: sender.clone(),
-        address: address.clone(),
-        host: host.clone(),
-        left: Rc::new(Cell::new(left)),
-        used: Rc::new(Cell::new(Instant::now())),
-    });
-    Ok(Checked { sender: Sender::Http2(sender), address, host, left, kept: false })
+/// Counts a connection as one of its pool; and whether its end makes room for another one.
+///
+/// The endpoint owns the pool, and the pool the connection: this must not be a circle.
+struct Open(Weak<Endpoint>, bool);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let Some(endpoint) = self.0.upgrade() else { return };
+        endpoint.pool.open.set(endpoint.pool.open.get().saturating_sub(1));
+        if self.1 {
+            endpoint.pool.freed.notify_one();
+        }
+    }
 }
 
-async fn open_http1(cluster: &Cluster, endpoint: &Rc<Endpoint>, host: Option<&str>) -> Result<Checked, ConnectError> {
-    let (stream, address) = cluster.connect_for(endpoint, host).await?;
-    let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    exec::spawn(async move {
-        // Its requests report how it ended.
-        let _ = connection.with_upgrades().await;
-    });
+async fn open(
+    cluster: &Cluster,
+    endpoint: &Rc<Endpoint>,
+    http2: bool,
+    host: Option<&str>,
+) -> Result<Checked, ConnectError> {
+    // Each endpoint may have one on each worker, or its requests would wait for ever.
+    let first = endpoint.pool.open.get() == 0;
+    endpoint.pool.open.set(endpoint.pool.open.get() + 1);
+    let mut open = Open(Rc::downgrade(endpoint), true);
+    let (stream, address) = cluster.connect_for(endpoint, host, first).await.inspect_err(|error| {
+        // By a connection that there may not be none becomes free.
+        open.1 = !matches!(error, ConnectError::Overflow);
+    })?;
     let (host, left) = (host.map(Rc::from), most(cluster));
-    Ok(Checked { sender: Sender::Http1(sender), address, host, left, kept: false })
+    let sender = if http2 {
+        let mut builder = http2::Builder::new(LocalExec);
+        builder.timer(TokioTimer::new());
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        exec::spawn(async move {
+            // Its requests report how it ended.
+            let _ = connection.await;
+            drop(open);
+        });
+        *endpoint.pool.http2.borrow_mut() = Some(Shared {
+            sender: sender.clone(),
+            address: address.clone(),
+            host: host.clone(),
+            left: Rc::new(Cell::new(left)),
+            used: Rc::new(Cell::new(Instant::now())),
+        });
+        Sender::Http2(sender)
+    } else {
+        let (sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        exec::spawn(async move {
+            // Its requests report how it ended.
+            let _ = connection.with_upgrades().await;
+            drop(open);
+        });
+        Sender::Http1(sender)
+    };
+    Ok(Checked { sender, address, host, left, kept: false })
 }
 
 fn broken(error: hyper::Error) -> ConnectError {

@@ -1,8 +1,11 @@
 //! The way out: clusters, their endpoints, and the connections kept to them. All of it belongs to one thread.
 
 pub mod balance;
+pub mod breakers;
 pub mod cluster;
 pub mod connect;
+pub mod hash;
+pub mod health;
 pub mod http;
 pub mod options;
 pub mod tls;
@@ -16,10 +19,14 @@ use std::{
     time::Instant,
 };
 
-use crate::dns::{ResolveError, Resolver};
-use balance::{Balancer, Weighted};
+use crate::{
+    dns::{ResolveError, Resolver},
+    stats,
+};
+use balance::{Balancer, Rules, Weighted};
 use cluster::{Address, Discovery, Family, Spec};
 use connect::{ConnectError, Stream};
+use health::{Health, Outcome};
 
 /// A cluster whose names are resolved: each endpoint has the addresses to try, in order.
 pub type Resolved = Spec<Vec<Address>>;
@@ -33,6 +40,8 @@ pub struct Wanted {
     pub host: Option<String>,
     /// Port that the client named.
     pub port: Option<u16>,
+    /// What keeps requests together.
+    pub hash: Option<u64>,
 }
 
 /// Why a cluster has nowhere to go.
@@ -50,7 +59,9 @@ pub enum ChooseError {
 pub struct Cluster {
     spec: Arc<Resolved>,
     endpoints: Vec<Rc<Endpoint>>,
-    balancer: Balancer<Endpoint>,
+    balancer: RefCell<Rc<Balancer<Endpoint>>>,
+    /// The version of the shared state that the balancer knows, and when the next endpoint comes back.
+    known: Cell<(u64, Option<u64>)>,
     tls: tls::Connector,
     /// Endpoints of clusters that go wherever the client says.
     dialled: RefCell<HashMap<Vec<Address>, Rc<Endpoint>>>,
@@ -64,6 +75,8 @@ pub struct Endpoint {
     locality: (usize, u32),
     active: Cell<u32>,
     pool: http::Pool,
+    /// Where endpoints that fail are left out.
+    health: Option<Arc<Health>>,
 }
 
 impl Weighted for Endpoint {
@@ -78,6 +91,9 @@ impl Weighted for Endpoint {
     }
     fn locality(&self) -> (usize, u32) {
         self.locality
+    }
+    fn key(&self) -> String {
+        self.addresses.first().map(ToString::to_string).unwrap_or_default()
     }
 }
 
@@ -107,7 +123,8 @@ impl Drop for Active {
 
 impl Endpoint {
     fn new(addresses: Vec<Address>, weight: u32, priority: u32, locality: (usize, u32)) -> Self {
-        Self { addresses, weight, priority, locality, active: Cell::new(0), pool: http::Pool::default() }
+        let (active, pool) = (Cell::new(0), http::Pool::default());
+        Self { addresses, weight, priority, locality, active, pool, health: None }
     }
 
     /// Counts one more in progress.
@@ -145,19 +162,59 @@ impl Cluster {
                     {
                         kept.clone()
                     }
-                    _ => Rc::new(Endpoint::new(new.at.clone(), new.weight, new.priority, new.locality)),
+                    _ => {
+                        let health = spec.options.ejection.map(|_| spec.shared.host(&new.at));
+                        let new = Endpoint::new(new.at.clone(), new.weight, new.priority, new.locality);
+                        Rc::new(Endpoint { health, ..new })
+                    }
                 })
                 .collect(),
             Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. } => Vec::new(),
         };
-        let balancer = Balancer::new(spec.policy, spec.weighted_localities, &endpoints);
         let dialled = match before {
             Some(before) if before.spec.discovery == spec.discovery && before.spec.options == spec.options => {
                 before.dialled.take()
             }
             _ => HashMap::new(),
         };
-        Self { spec, endpoints, balancer, tls: tls::Connector::default(), dialled: RefCell::new(dialled) }
+        let cluster = Self {
+            balancer: RefCell::new(Rc::new(Balancer::new(rules(&spec), &[], |_| true))),
+            known: Cell::default(),
+            spec,
+            endpoints,
+            tls: tls::Connector::default(),
+            dialled: RefCell::new(dialled),
+        };
+        cluster.look();
+        cluster
+    }
+
+    /// Makes the balancer anew, with what is known of the endpoints now.
+    fn look(&self) {
+        let version = self.spec.shared.version();
+        let now = if self.spec.options.ejection.is_some() { self.spec.shared.now() } else { 0 };
+        let well = |endpoint: &Endpoint| endpoint.health.as_ref().is_none_or(|health| !health.is_ejected(now));
+        let healths = self.endpoints.iter().filter_map(|endpoint| endpoint.health.as_ref());
+        let back = healths.filter_map(|health| health.back_at(now)).min();
+        *self.balancer.borrow_mut() = Rc::new(Balancer::new(rules(&self.spec), &self.endpoints, well));
+        self.known.set((version, back));
+    }
+
+    fn pick(&self, hash: Option<(u64, u32)>) -> Option<Rc<Endpoint>> {
+        if self.spec.options.ejection.is_some() {
+            let (version, back) = self.known.get();
+            if version != self.spec.shared.version() || back.is_some_and(|back| self.spec.shared.now() >= back) {
+                self.look();
+            }
+        }
+        self.balancer.borrow().pick(hash)
+    }
+
+    /// Takes note of how a request or connection went, where endpoints that fail are left out.
+    pub fn note(&self, endpoint: &Endpoint, outcome: Outcome) {
+        if let (Some(rules), Some(health)) = (&self.spec.options.ejection, &endpoint.health) {
+            self.spec.shared.note(rules, health, self.endpoints.len(), outcome);
+        }
     }
 
     /// What the cluster was made of.
@@ -187,8 +244,23 @@ impl Cluster {
     /// # Errors
     /// Where there is none.
     pub async fn choose(&self, wanted: &Wanted, resolver: &Resolver) -> Result<Rc<Endpoint>, ChooseError> {
+        self.choose_again(wanted, resolver, 0).await
+    }
+
+    /// The same, where an endpoint was chosen `attempt` times before and shall be another one.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub async fn choose_again(
+        &self,
+        wanted: &Wanted,
+        resolver: &Resolver,
+        attempt: u32,
+    ) -> Result<Rc<Endpoint>, ChooseError> {
         match &self.spec.discovery {
-            Discovery::Endpoints(_) => self.balancer.pick().ok_or(ChooseError::NoEndpoint),
+            Discovery::Endpoints(_) => {
+                self.pick(wanted.hash.map(|hash| (hash, attempt))).ok_or(ChooseError::NoEndpoint)
+            }
             Discovery::OriginalDst { port } => {
                 let mut address = wanted.destination.ok_or(ChooseError::NoEndpoint)?;
                 if let Some(port) = port {
@@ -223,10 +295,16 @@ impl Cluster {
     /// # Errors
     /// The endpoint refuses or does not answer in time.
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<(Stream, Address), ConnectError> {
-        self.connect_for(endpoint, None).await
+        let connected = self.connect_for(endpoint, None, false).await;
+        match &connected {
+            Ok(_) => self.note(endpoint, Outcome::Connected),
+            Err(ConnectError::Overflow) => stats::here(|stats| stats.upstream_overflows.add(1)),
+            Err(_) => self.note(endpoint, Outcome::Broken),
+        }
+        connected
     }
 
-    /// Opens a connection for requests to this host.
+    /// Opens a connection for requests to this host; `first`: it may, whatever the limit.
     ///
     /// # Errors
     /// As [`Cluster::connect`].
@@ -234,8 +312,9 @@ impl Cluster {
         &self,
         endpoint: &Endpoint,
         host: Option<&str>,
+        first: bool,
     ) -> Result<(Stream, Address), ConnectError> {
-        connect::connect(&endpoint.addresses, &self.spec, &self.tls, host).await
+        connect::connect(&endpoint.addresses, &self.spec, &self.tls, host, first).await
     }
 
     /// The host that connections have to be kept apart by, where they do.
@@ -257,6 +336,10 @@ impl Cluster {
     }
 }
 
+fn rules(spec: &Resolved) -> Rules {
+    Rules { policy: spec.policy, localities: spec.weighted_localities, panic: spec.options.panic }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,6 +355,7 @@ mod tests {
             weighted_localities: false,
             protocol: Protocol::Http1,
             options: options::Options::default(),
+            shared: health::Shared::default(),
             dns: None,
         })
     }
