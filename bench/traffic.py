@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""traffic.py PROXY_HOST LOAD [ENVOY] [--only NAME,...]: what proxy-host and Envoy cost per request, connection and byte, in one run.
+"""traffic.py PROXY_HOST LOAD [ENVOY] [--only=NAME]... [--entries=N] [--soak=SECONDS]: what proxy-host and Envoy cost per
+request, connection and byte, in one run.
 
 LOAD is target/release/load. proxy-host asks the filter, Envoy has one native route. Each runs one worker thread; what counts
-is the CPU time of the process. Runs itself in a network namespace (root), where TCP is redirected to both in the same way.
+is the CPU time of the process. --entries: proxy-host holds so many more entries, of two ports each. --soak: instead of all others,
+HTTP/1.1 requests at full load for so long, with the memory after each tenth. Runs itself in a network namespace (root), where TCP
+is redirected to both in the same way.
 """
-import json, os, resource, shutil, subprocess, sys, tempfile, time, socket
+import http.client, json, os, resource, shutil, subprocess, sys, tempfile, time, socket
 
 REDIRECTED = {"proxy-host": 9001, "envoy": 9002}           # ports whose connections are redirected
 TRANSPARENT = {"proxy-host": 15001, "envoy": 15002}
@@ -42,6 +45,20 @@ spec:
     return text
 
 
+def others(count):
+    """So many more entries, of hosts that nobody asks for; a hundred in a file."""
+    for first in range(0, count, 100):
+        yield "".join(f"""apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: other-{n}, namespace: default}}
+spec:
+  hosts: [other-{n}.example.org]
+  ports: [{{number: 80, name: http, protocol: HTTP}}, {{number: 443, name: tls, protocol: TLS}}]
+  resolution: DNS
+---
+""" for n in range(first, min(first + 100, count)))
+
+
 def envoy_config(http1, http2, raw):
     socket_address = lambda port: {"socket_address": {"address": "127.0.0.1", "port_value": port}}
     typed = lambda name, **more: {"@type": f"type.googleapis.com/{name}", **more}
@@ -74,12 +91,26 @@ def pinned(core, command, **more):
 
 
 def until(port):
-    for _ in range(1000):
+    for _ in range(6000):
         try:
             return socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
             time.sleep(0.01)
     raise SystemExit(f"nothing listens on {port}")
+
+
+def until_routed(port):
+    """Large configurations take a while to be in force."""
+    for _ in range(600):
+        try:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            client.request("GET", "http://bench.example.com/")
+            if client.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise SystemExit(f"requests to {port} are not answered")
 
 
 RUNS = [  # name, aim (share of Envoy's), key, arguments
@@ -94,8 +125,11 @@ RUNS = [  # name, aim (share of Envoy's), key, arguments
 
 
 def main():
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--only=")]
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
     only = [a[7:] for a in sys.argv[1:] if a.startswith("--only=")]
+    more = int(next((a[10:] for a in sys.argv[1:] if a.startswith("--entries=")), 0))
+    soak = float(next((a[7:] for a in sys.argv[1:] if a.startswith("--soak=")), 0))
+    runs = RUNS if not soak else [("soak", None, "memory_mb", ["http1", "--seconds", str(soak / 10)])] * 10
     proxy_host, load = arguments[:2]
     envoy = arguments[2] if len(arguments) > 2 else shutil.which("envoy")
     namespace()
@@ -109,6 +143,8 @@ def main():
             origin = processes["origin"] = pinned(-1, [load, "origin"], stdout=subprocess.PIPE, text=True)
             ports = [int(address.rpartition(":")[2]) for address in origin.stdout.readline().split()]
             open(f"{folder}/config/entries.yaml", "w").write(entries(*ports))
+            for number, text in enumerate(others(more)):
+                open(f"{folder}/config/other-{number}.yaml", "w").write(text)
             processes["proxy-host"] = pinned(0, [proxy_host, "--config", f"{folder}/config", "--http-proxy", f"127.0.0.1:{HTTP['proxy-host']}",
                 "--transparent", f"127.0.0.1:{TRANSPARENT['proxy-host']}", "--threads", "1", "--access-log=false", "--log-level", "warn",
                 # Idle connections share one upstream connection: the limit that follows from the open files is for two each.
@@ -121,9 +157,10 @@ def main():
             for name in HTTP:
                 if name in processes:
                     until(HTTP[name])
+            until_routed(HTTP["proxy-host"])
             # Redirection comes with connection tracking, whose cost must not be part of the other figures.
             redirected = False
-            for what, aim, key, command in RUNS:
+            for what, aim, key, command in runs:
                 if only and what not in only:
                     continue
                 if command[0] == "tcp" and not redirected:
