@@ -126,7 +126,9 @@ fn check(tool: &'static str) {
         std::os::unix::fs::chown(path, Some(PROXY), Some(PROXY)).unwrap();
     }
     let program = dir.path().join("proxy-host");
-    std::fs::copy(env!("CARGO_BIN_EXE_proxy-host"), &program).unwrap();
+    // Not by this process: a child that the other test starts meanwhile would hold the file open, and nobody could run it.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_proxy-host")).arg(&program).status().unwrap();
+    assert!(copied.success());
     Net::within(&net.inside, || {
         let mut command = Command::new(&program);
         command.uid(PROXY).gid(PROXY).args(["--threads", "1", "--transparent", "[::]:15001", "--config"]);

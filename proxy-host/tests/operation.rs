@@ -31,7 +31,7 @@ fn run(dir: &std::path::Path, more: &[&str]) -> (Program, SocketAddr, SocketAddr
 #[test]
 fn the_end_waits_for_what_is_under_way_and_loses_no_line() {
     let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), &entry("a", "a.test", HTTP, origin("first", Duration::from_millis(300))));
+    write(dir.path(), &entry("a", "a.test", HTTP, origin("first", Duration::from_secs(2))));
     let (mut program, proxy, admin) = run(dir.path(), &["--access-log", "json"]);
     let idle = TcpStream::connect(proxy).unwrap();
     let mut slow = TcpStream::connect(proxy).unwrap();
