@@ -418,3 +418,29 @@ message! {
         percentage: Option<Percent> = "percentage",
     }
 }
+
+/// The names that an abort may give, by their number.
+const GRPC_STATUS: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+/// The number of a gRPC status that is given by name; `None`: there is none of this name (SEMANTICS 7.3).
+pub fn grpc_status(name: &str) -> Option<u32> {
+    GRPC_STATUS.iter().position(|known| *known == name).and_then(|at| u32::try_from(at).ok())
+}

@@ -269,33 +269,9 @@ fn fault(fault: &api::Fault) -> Fault {
     if let Some(abort) = &fault.abort {
         out.abort_share = abort.percentage.as_ref().map_or(0, share);
         out.abort_status = abort.http_status.and_then(|status| u32::try_from(status).ok()).unwrap_or(500);
-        out.abort_grpc = abort.grpc_status.as_deref().and_then(grpc_status);
+        out.abort_grpc = abort.grpc_status.as_deref().and_then(api::grpc_status);
     }
     out
-}
-
-const GRPC: [&str; 17] = [
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
-];
-
-fn grpc_status(name: &str) -> Option<u32> {
-    GRPC.iter().position(|known| *known == name).and_then(|at| u32::try_from(at).ok())
 }
 
 fn cors(policy: &CorsPolicy) -> Cors {

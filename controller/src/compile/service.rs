@@ -320,7 +320,7 @@ fn first(services: &[Spoken]) -> usize {
 }
 
 /// Who owns each port. Istio merges clusters by its rules; a port that it would route to a cluster it never makes
-/// belongs to the oldest service that declares it (DESIGN, Differences).
+/// belongs to the oldest service that declares it (ARCHITECTURE, Differences from Istio).
 fn ports(services: &[Spoken]) -> Vec<HostPortOwner> {
     let base = first(services);
     let mut out: Vec<HostPortOwner> = Vec::new();
@@ -382,7 +382,7 @@ pub(crate) fn tls_class(protocol: Protocol) -> bool {
 fn addresses(member: &Member, siblings: &[Member], cx: &Context) -> Vec<Addr> {
     match &member.source {
         Source::Entry(entry) if entry.addresses.is_empty() => {
-            // Entries of one namespace and host share their virtual addresses (DESIGN, Differences).
+            // Entries of one namespace and host share their virtual addresses (ARCHITECTURE, Differences from Istio).
             let own = auto_address(member, cx);
             let mut out: Vec<Addr> = own.into_iter().map(ip).collect();
             if !out.is_empty() {

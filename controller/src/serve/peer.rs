@@ -77,7 +77,7 @@ pub(super) fn of<T>(request: &Request<T>) -> Option<Peer> {
     request.extensions().get::<Peer>().cloned()
 }
 
-/// Refuses a subscriber whose certificate is of another namespace than it names (DESIGN: a lie is refused).
+/// Refuses a subscriber whose certificate is of another namespace than it names (ARCHITECTURE, Registry stream).
 pub(super) fn agree(peer: Option<&Peer>, namespace: &str) -> Result<(), Status> {
     match peer.and_then(|p| p.identity.as_ref()) {
         Some(identity) if identity.namespace != namespace => {

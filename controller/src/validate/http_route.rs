@@ -1,7 +1,7 @@
 //! The HTTP routes of a VirtualService: istiod's `validateHTTPRoute`.
 
 use crate::api::virtual_service::{
-    CorsPolicy, DirectResponse, Fault, FaultAbort, FaultDelay, HeaderOperations, Headers, HttpMatch, HttpRoute,
+    self, CorsPolicy, DirectResponse, Fault, FaultAbort, FaultDelay, HeaderOperations, Headers, HttpMatch, HttpRoute,
     HttpRouteDestination, MirrorPolicy, Percent, Redirect, RegexRewrite, Retry, Rewrite, StringMatch,
 };
 use crate::validate::finding::Issue;
@@ -27,26 +27,6 @@ const RETRY_ON: [&str; 16] = [
     "internal",
     "resource-exhausted",
     "unavailable",
-];
-
-const GRPC_STATUS: [&str; 17] = [
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
 ];
 
 /// The header names with which a gateway routes by the claims of a token.
@@ -305,7 +285,7 @@ fn faults(fault: &Fault, path: &str, issues: &mut Vec<Issue>) {
         if let Some(status) = http_status {
             check(issues, "http-status", format!("{path}.httpStatus"), self::http_status(*status));
         } else if let Some(status) = grpc_status {
-            if !GRPC_STATUS.contains(&status.as_str()) {
+            if virtual_service::grpc_status(status).is_none() {
                 let message = format!("gRPC status {status:?} is not supported, for example 'NOT_FOUND' is");
                 refuse(issues, "grpc-status", format!("{path}.grpcStatus"), message);
             }
