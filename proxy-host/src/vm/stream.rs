@@ -46,7 +46,7 @@ pub struct HttpState {
     pub response_body: Bytes,
     /// Response trailers.
     pub response_trailers: HeaderMap,
-    /// The guest called `clear_route_cache`: the route has to be chosen again from the headers.
+    /// The guest called `clear_route_cache` or changed request headers: the route has to be chosen again from them.
     pub route_cleared: bool,
     /// Which of the maps the guest may reach now.
     pub shown: Shown,

@@ -81,7 +81,11 @@ fn map(state: &mut HostState, kind: MapType, change: bool) -> Result<Map<'_>, St
         MapType::GrpcInitialMetadata | MapType::GrpcTrailingMetadata => {
             state.delivery.metadata.as_mut().map(Map::Metadata)
         }
-        MapType::RequestHeaders => state.http().map(|http| Map::Request(&mut http.request)),
+        MapType::RequestHeaders => state.http().map(|http| {
+            // As Envoy has it of modules of these ABI versions.
+            http.route_cleared |= change;
+            Map::Request(&mut http.request)
+        }),
         MapType::RequestTrailers => state.http().map(|http| Map::Plain(&mut http.request_trailers)),
         MapType::ResponseHeaders => state.http().map(|http| Map::Response(&mut http.response)),
         MapType::ResponseTrailers => state.http().map(|http| Map::Plain(&mut http.response_trailers)),
