@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use portolan_registry::authority;
 use portolan_registry::route::{ALL, Cors, Extras, Fault, HeaderOps, Outcome, PathRewrite, Redirect, Retry, Target};
 use portolan_registry::routing::{Asked, Matched, Patterns, without_query};
 
@@ -264,12 +265,8 @@ fn redirected(redirect: &Redirect, request: &Headers<'_>, path: Option<&[u8]>) -
 
 /// The authority without a port that the redirect replaces or that only suited the other scheme.
 fn host_of<'a>(authority: &'a [u8], scheme: &[u8], was: &[u8], new_port: bool) -> &'a [u8] {
-    let colon = authority.iter().rposition(|b| *b == b':');
-    let Some(colon) = colon.filter(|at| authority.get(*at..).is_some_and(|rest| !rest.contains(&b']'))) else {
-        return authority;
-    };
-    let (host, port) = authority.split_at_checked(colon).unwrap_or((authority, &[]));
-    let default = matches!((was, port), (b"https", b":443") | (b"http", b":80"));
+    let (host, port) = authority::split(authority);
+    let default = matches!((was, port), (b"https", Some(443)) | (b"http", Some(80)));
     if new_port || scheme != was && default { host } else { authority }
 }
 
