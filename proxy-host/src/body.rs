@@ -1,17 +1,20 @@
 //! Bodies on their way through: counted, and not collected where nobody needs them again.
 
 use std::{
+    any::Any,
     cell::{Cell, RefCell},
+    future::Future,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Buf as _, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::{access_log::Entry, flags, replay, router::Deadline, upstream::http::Lease};
+use crate::{access_log::Entry, flags, idle, replay, router::Deadline, upstream::http::Lease};
 
 /// Why a body does not go on.
 #[derive(Debug, thiserror::Error)]
@@ -28,12 +31,17 @@ pub enum BodyError {
     /// The time for the response has passed.
     #[error("upstream request timeout")]
     Timeout,
+    /// Nothing has moved for too long.
+    #[error("stream timeout")]
+    Idle,
 }
 
 /// What is known of a client's body while others carry it.
 #[derive(Debug, Default)]
 pub struct Received {
     bytes: Cell<u64>,
+    /// Frames of the stream so far, both ways.
+    moved: Cell<u64>,
     ended: Cell<bool>,
     stopped: Cell<bool>,
     reader: RefCell<Option<Waker>>,
@@ -49,6 +57,24 @@ impl Received {
     /// So many more have come.
     pub fn add(&self, bytes: u64) {
         self.bytes.set(self.bytes.get() + bytes);
+        self.touch();
+    }
+
+    /// Something of the stream has moved.
+    pub fn touch(&self) {
+        self.moved.set(self.moved.get() + 1);
+    }
+
+    /// Counts what has moved.
+    #[must_use]
+    pub fn moved(&self) -> u64 {
+        self.moved.get()
+    }
+
+    /// Whether the whole body has come.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.ended.get()
     }
 
     /// The whole body has come.
@@ -151,6 +177,9 @@ pub struct ResponseBody {
     source: Source,
     received: Rc<Received>,
     entry: Box<Entry>,
+    idle: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    /// What lives as long as the stream.
+    held: Option<Rc<dyn Any>>,
 }
 
 enum Source {
@@ -162,13 +191,14 @@ impl ResponseBody {
     /// A body of our own.
     #[must_use]
     pub fn local(body: Bytes, received: Rc<Received>, entry: Box<Entry>) -> Self {
-        Self { source: Source::Local((!body.is_empty()).then_some(body)), received, entry }
+        let source = Source::Local((!body.is_empty()).then_some(body));
+        Self { source, received, entry, idle: None, held: None }
     }
 
     /// No body, and no line in the access log: another task writes it.
     #[must_use]
     pub fn silent(received: Rc<Received>) -> Self {
-        Self { source: Source::Local(None), received, entry: Box::new(Entry::silent()) }
+        Self { source: Source::Local(None), received, entry: Box::new(Entry::silent()), idle: None, held: None }
     }
 
     /// The upstream's body; its connection goes back to the pool when the body is through.
@@ -182,7 +212,36 @@ impl ResponseBody {
     ) -> Self {
         let mut source = Source::Upstream(body, Some(lease), deadline);
         source.finish_at_end(&received);
-        Self { source, received, entry }
+        Self { source, received, entry, idle: None, held: None }
+    }
+
+    /// Keeps this for as long as the stream goes on.
+    #[must_use]
+    pub fn holding(mut self, held: Rc<dyn Any>) -> Self {
+        self.held = Some(held);
+        self
+    }
+
+    /// Ends the stream when nothing of it has moved for this time, either way; zero for no limit.
+    #[must_use]
+    pub fn limited(mut self, idle: Duration) -> Self {
+        if !idle.is_zero() && !self.is_end_stream() {
+            let received = self.received.clone();
+            self.idle = Some(Box::pin(async move { idle::quiet(idle, || Some(received.moved())).await }));
+        }
+        self
+    }
+
+    /// What has passed while no frame came: flag, details and error.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<(&'static str, &'static str, BodyError)> {
+        if let Source::Upstream(_, _, Some(deadline)) = &mut self.source
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(("UT", "response_timeout", BodyError::Timeout));
+        }
+        let Some(idle) = &mut self.idle else { return Poll::Pending };
+        ready!(idle.as_mut().poll(cx));
+        Poll::Ready(("SI", "stream_idle_timeout", BodyError::Idle))
     }
 }
 
@@ -213,18 +272,17 @@ impl Body for ResponseBody {
         let received = self.received.clone();
         let frame = match &mut self.source {
             Source::Local(body) => body.take().map(|body| Ok(Frame::data(body))),
-            Source::Upstream(body, lease, deadline) => {
-                let frame = match Pin::new(body).poll_frame(cx) {
-                    Poll::Ready(frame) => frame,
-                    Poll::Pending => {
-                        let Some(deadline) = deadline else { return Poll::Pending };
-                        ready!(deadline.as_mut().poll(cx));
+            Source::Upstream(body, lease, _) => {
+                let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) else {
+                    let (flag, details, error) = ready!(self.poll_over(cx));
+                    if let Source::Upstream(_, lease, _) = &mut self.source {
                         lease.take();
-                        self.entry.flags = flags::join(self.entry.flags, "UT");
-                        self.entry.reason = Some("response_timeout".into());
-                        return Poll::Ready(Some(Err(BodyError::Timeout)));
                     }
+                    self.entry.flags = flags::join(self.entry.flags, flag);
+                    self.entry.reason = Some(details.into());
+                    return Poll::Ready(Some(Err(error)));
                 };
+                received.touch();
                 match &frame {
                     None => finish(lease, &received),
                     Some(Err(_)) => {

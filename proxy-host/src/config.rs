@@ -108,6 +108,10 @@ pub struct Args {
     /// Limits of HTTP
     #[command(flatten)]
     pub http: HttpArgs,
+    /// How long a TCP connection may go without a byte either way before both of its sides are closed, where no
+    /// DestinationRule says so (connectionPool.tcp.idleTimeout). 0s: as long as it likes
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration, help_heading = OPERATION)]
+    pub tcp_idle_timeout: Duration,
     /// How long connections get to end after SIGTERM; HTTP clients are told at once (`connection: close`, GOAWAY)
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration, help_heading = OPERATION)]
     pub drain_time: Duration,
@@ -140,15 +144,27 @@ pub struct HttpArgs {
     /// answered with 408 (HTTP/1.1) or left with a GOAWAY (HTTP/2). 0s: as long as it likes
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub request_headers_timeout: Duration,
+    /// How long a request may go without a byte either way, before its answer or within it: then it is answered with
+    /// 408, or 504 once the client has said all, or reset where its answer has begun. 0s: as long as it likes, which is
+    /// the default, as under Istio; of `proxy-host filter` it is 5m, as of Envoy
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub stream_idle_timeout: Option<Duration>,
+    /// How long a client's connection may go without a request before it is closed. 0s: as long as it likes
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    pub connection_idle_timeout: Duration,
 }
 
-impl From<HttpArgs> for HttpLimits {
-    fn from(args: HttpArgs) -> Self {
-        Self {
-            header_bytes: args.max_header_kib * 1024,
-            headers: args.max_headers.into(),
-            streams: args.max_streams,
-            header_time: args.request_headers_timeout,
+impl HttpArgs {
+    /// The limits; `stream_idle` is the time of silence on a stream where nothing else is said.
+    #[must_use]
+    pub fn limits(self, stream_idle: Duration) -> HttpLimits {
+        HttpLimits {
+            header_bytes: self.max_header_kib * 1024,
+            headers: self.max_headers.into(),
+            streams: self.max_streams,
+            header_time: self.request_headers_timeout,
+            stream_idle: self.stream_idle_timeout.unwrap_or(stream_idle),
+            connection_idle: self.connection_idle_timeout,
         }
     }
 }
@@ -216,6 +232,8 @@ pub struct Config {
     pub identity: Identity,
     /// What clients may ask over HTTP.
     pub http: HttpLimits,
+    /// Silence that ends a TCP connection; zero for no limit.
+    pub tcp_idle: Duration,
     /// Most client connections at a time.
     pub max_connections: usize,
     /// Name servers to ask in place of those in `resolv.conf`.
@@ -255,6 +273,7 @@ impl Config {
             http_proxies: Vec::new(),
             admin: None,
             http: HttpLimits::default(),
+            tcp_idle: Duration::from_secs(3600),
             max_connections: usize::MAX,
             name_servers: Vec::new(),
             identity: Identity {
@@ -287,7 +306,8 @@ impl From<Args> for Config {
         config.admin = args.admin;
         config.name_servers = args.name_server;
         config.drain = args.drain_time;
-        config.http = args.http.into();
+        config.http = args.http.limits(Duration::ZERO);
+        config.tcp_idle = args.tcp_idle_timeout;
         if let Some(most) = args.max_connections {
             config.max_connections = usize::try_from(most).unwrap_or(usize::MAX);
         }

@@ -27,6 +27,7 @@ pub mod filter;
 pub mod filter_env;
 pub mod flags;
 pub mod headers;
+pub mod idle;
 pub mod inherited;
 pub mod limits;
 pub mod listener;

@@ -2,9 +2,11 @@
 //! since the epoch) and durations (nanoseconds) as 8 bytes little-endian, booleans as one byte.
 
 use std::{
+    any::Any,
     borrow::Cow,
     cell::{Cell, RefCell},
     net::SocketAddr,
+    rc::Rc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -58,6 +60,9 @@ pub struct Info {
     pub upstream: Cell<Option<Peers>>,
     /// Attempts to ask the upstream.
     pub attempts: Cell<u64>,
+    /// Pieces that have moved so far, either way.
+    pub moved: Cell<u64>,
+    held: Option<Rc<dyn Any>>,
 }
 
 impl Info {
@@ -82,7 +87,21 @@ impl Info {
             cluster: RefCell::new(if protocol.is_some() { UPSTREAM_CLUSTER.to_owned() } else { String::new() }),
             upstream: Cell::default(),
             attempts: Cell::default(),
+            moved: Cell::default(),
+            held: None,
         }
+    }
+
+    /// Keeps this for as long as the stream goes on.
+    #[must_use]
+    pub fn holding(mut self, held: Rc<dyn Any>) -> Self {
+        self.held = Some(held);
+        self
+    }
+
+    /// Something has moved.
+    pub fn touch(&self) {
+        self.moved.set(self.moved.get() + 1);
     }
 
     /// The stream is complete.
@@ -100,12 +119,14 @@ impl Info {
 
     /// Counts bytes of the request's body.
     pub fn count_request(&self, bytes: usize) {
+        self.touch();
         let (body, all) = self.request_size.get();
         self.request_size.set((body + bytes as u64, all + bytes as u64));
     }
 
     /// Counts bytes of the response's body.
     pub fn count_response(&self, bytes: usize) {
+        self.touch();
         let (body, all) = self.response_size.get();
         self.response_size.set((body + bytes as u64, all + bytes as u64));
     }

@@ -45,6 +45,12 @@ pub enum Failure {
     /// No response in time.
     #[error("upstream request timeout")]
     Timeout,
+    /// Nothing has moved for too long.
+    #[error("stream timeout")]
+    Idle {
+        /// The client had said all.
+        whole: bool,
+    },
 }
 
 fn reset_reason(error: &hyper::Error) -> &'static str {
@@ -57,7 +63,8 @@ impl Failure {
     pub fn status(&self) -> u16 {
         match self {
             Self::Reset(error) if error.is_parse() => 502,
-            Self::Timeout => 504,
+            Self::Idle { whole: false } => 408,
+            Self::Timeout | Self::Idle { whole: true } => 504,
             _ => 503,
         }
     }
@@ -68,6 +75,7 @@ impl Failure {
         match self {
             Self::NoEndpoint => (0x2, "UH"),
             Self::Timeout => (0x4, "UT"),
+            Self::Idle { .. } => (0x1_0000, "SI"),
             Self::Connect(_) | Self::ConnectTimeout => (0x20, "UF"),
             Self::Reset(error) if error.is_parse() => (0x80_0000, "UPE"),
             Self::Reset(_) => (0x40, "UC"),
@@ -81,6 +89,7 @@ impl Failure {
         match self {
             Self::NoEndpoint => "no_healthy_upstream".into(),
             Self::Timeout => "response_timeout".into(),
+            Self::Idle { .. } => "stream_idle_timeout".into(),
             Self::Connect(_) | Self::ConnectTimeout => {
                 "upstream_reset_before_response_started{connection_failure}".into()
             }

@@ -7,7 +7,7 @@
 //! Headers that are paused hold everything behind them back. A body that is paused is collected, up to [`pump::LIMIT`], and
 //! shown as a whole each time more of it comes. Once response headers have left, a local response is a reset.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -26,7 +26,7 @@ use super::{
     pump::{self, Pump, note_grpc},
 };
 use crate::{
-    headers,
+    headers, idle,
     listener::{
         guard::{self, Control},
         http::target,
@@ -49,13 +49,17 @@ pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, htt
     let (stop, limits) = (proxy.stop.clone(), proxy.limits);
     let control = Arc::new(Control::default());
     let guarded = control.clone();
+    // Each request under way holds it.
+    let requests = Rc::new(Cell::new(0));
+    let seen = Rc::downgrade(&requests);
     let service = service_fn(move |request: Request<Incoming>| {
-        let (proxy, control) = (proxy.clone(), guarded.clone());
+        let (proxy, control, requests) = (proxy.clone(), guarded.clone(), requests.clone());
+        requests.set(requests.get() + 1);
         async move {
             let held = request.version() != Version::HTTP_2
                 && (request.method() == Method::CONNECT || headers::upgrade(request.headers()).is_some());
             let refused = guard::refused(&request).is_some();
-            let mut answered = handle(proxy, connection, request).await;
+            let mut answered = handle(proxy, connection, request, requests).await;
             if held {
                 control.answered(false);
             }
@@ -68,7 +72,8 @@ pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, htt
             answered
         }
     });
-    server::serve(client, http2, limits, stop, control, service).await;
+    let look = || (seen.strong_count() == 1).then(|| seen.upgrade().map_or(0, |requests| requests.get()));
+    server::serve(client, http2, limits, stop, control, service, look).await;
 }
 
 /// What does not change during a request.
@@ -80,14 +85,19 @@ struct Exchange {
     is_head: bool,
 }
 
-async fn handle(proxy: Rc<Proxy>, connection: Connection, request: Request<Incoming>) -> Result<Response<Body>, Reset> {
+async fn handle(
+    proxy: Rc<Proxy>,
+    connection: Connection,
+    request: Request<Incoming>,
+    held: Rc<Cell<u64>>,
+) -> Result<Response<Body>, Reset> {
     let protocol = match request.version() {
         Version::HTTP_2 => "HTTP/2",
         Version::HTTP_10 => "HTTP/1.0",
         _ => "HTTP/1.1",
     };
     let exchange = Exchange {
-        info: Rc::new(Info::new(connection, Some(protocol))),
+        info: Rc::new(Info::new(connection, Some(protocol)).holding(held)),
         http2: request.version() == Version::HTTP_2,
         grpc: headers::is_grpc(request.headers()),
         is_head: *request.method() == Method::HEAD,
@@ -177,8 +187,14 @@ impl Exchange {
             stream.pausing(StreamType::Request);
             stream.call(|vm, context| vm.on_request_headers(context, end))
         };
-        if let Err(abort) = settle(&stream, StreamType::Request, step, &mut source).await {
-            return self.aborted(stream, abort, None).await;
+        let settled = {
+            let settling = pin!(settle(&stream, StreamType::Request, step, &mut source));
+            self.within(settling).await
+        };
+        match settled {
+            Some(Ok(())) => {}
+            Some(Err(abort)) => return self.aborted(stream, abort, None).await,
+            None => return self.unanswered(stream, &Failure::Idle { whole: end }, None).await,
         }
         let head = stream.http(|http| {
             http.shown.set(MapType::RequestHeaders, false);
@@ -195,20 +211,39 @@ impl Exchange {
             let task = pump::request_body(stream.clone(), source, sink, complete);
             (body, Some(Pump(tokio::task::spawn_local(task).abort_handle())))
         };
+        let seen = completed.clone();
         let sent = tokio::select! {
             biased;
-            abort = stream.aborted() => return self.aborted(stream, abort, request).await,
-            sent = self.send(head, body, timeout, completed) => sent,
+            abort = stream.aborted() => Err(abort),
+            sent = async { self.within(pin!(self.send(head, body, timeout, completed))).await } => Ok(sent),
         };
         match sent {
-            Ok((head, source, lease)) => self.respond(stream, head, source, Some(lease), request).await,
-            Err(failure) => {
-                self.info.details.replace(failure.details());
-                self.info.flags.set(failure.flag().0);
-                let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-                self.local(stream, status, HeaderMap::new(), None, Bytes::from(failure.to_string()), request).await
+            Err(abort) => self.aborted(stream, abort, request).await,
+            Ok(Some(Ok((head, source, lease)))) => self.respond(stream, head, source, Some(lease), request).await,
+            Ok(Some(Err(failure))) => self.unanswered(stream, &failure, request).await,
+            Ok(None) => {
+                let whole = *seen.borrow();
+                self.unanswered(stream, &Failure::Idle { whole }, request).await
             }
         }
+    }
+
+    /// The result of a part of the request's way; `None` where nothing moved for too long.
+    async fn within<T>(&self, work: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        idle::within(self.proxy.limits.stream_idle, || Some(self.info.moved.get()), work).await
+    }
+
+    /// Ends a request that the upstream has not answered.
+    async fn unanswered(
+        self,
+        stream: Rc<Stream>,
+        failure: &Failure,
+        pump: Option<Pump>,
+    ) -> Result<Response<Body>, Reset> {
+        self.info.details.replace(failure.details());
+        self.info.flags.set(failure.flag().0);
+        let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+        self.local(stream, status, HeaderMap::new(), None, Bytes::from(failure.to_string()), pump).await
     }
 
     /// Asks the upstream.
@@ -330,7 +365,8 @@ impl Exchange {
             return Ok(response(head, Body::empty()));
         }
         let (sink, body) = Body::channel();
-        tokio::task::spawn_local(pump::response_body(stream, source, sink, lease, pump));
+        let idle = self.proxy.limits.stream_idle;
+        tokio::task::spawn_local(pump::response_body(stream, source, sink, lease, pump, idle));
         Ok(response(head, body))
     }
 

@@ -77,6 +77,8 @@ pub struct Settings {
     pub clusters: Vec<(String, Address)>,
     /// What clients may ask over HTTP.
     pub http: HttpLimits,
+    /// Silence that ends a connection of a network filter; zero for no limit.
+    pub tcp_idle: Duration,
     /// Least level of the filter's log.
     pub log_level: LogLevel,
     /// Threads, each with a VM of its own.
@@ -118,6 +120,8 @@ pub struct Proxy {
     pub clusters: Rc<Clusters>,
     /// What clients may ask over HTTP.
     pub limits: HttpLimits,
+    /// Silence that ends a connection of a network filter; zero for no limit.
+    pub tcp_idle: Duration,
     /// Turns true when the process is to end.
     pub stop: watch::Receiver<bool>,
 }
@@ -239,7 +243,8 @@ impl Work {
         let host = Host::start(engine, config, Rc::new(Outside::new(clusters.clone(), settings.log_level)))?;
         let address = settings.listen;
         let listener = listener::listen(socket).map_err(|error| RunError::Bind { address, error })?;
-        let proxy = Rc::new(Proxy { host, upstream, clusters, limits: settings.http, stop: stop.clone() });
+        let (limits, tcp_idle) = (settings.http, settings.tcp_idle);
+        let proxy = Rc::new(Proxy { host, upstream, clusters, limits, tcp_idle, stop: stop.clone() });
         // Whoever started us may have given up.
         let _ = report.send(Ok(()));
         accept(proxy.clone(), listener, settings.network, index).await;

@@ -1,6 +1,6 @@
 //! Bodies and trailers past a filter's callbacks for them.
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
@@ -13,10 +13,14 @@ use super::{
     client::Lease,
     host::{Abort, Step, Stream},
 };
+use crate::idle;
 use crate::vm::{HttpState, MapType, StreamType};
 
 /// A body that a filter holds back may be this large (Envoy's `per_connection_buffer_limit_bytes`).
 pub const LIMIT: usize = 1 << 20;
+
+/// Envoy's response flag `SI`.
+const STREAM_IDLE: i64 = 0x1_0000;
 
 /// Ends a task when the request ends.
 pub struct Pump(pub AbortHandle);
@@ -50,18 +54,25 @@ pub async fn request_body(stream: Rc<Stream>, mut source: Source, sink: Sink, co
     }
 }
 
-/// Carries a response's body to the client, and holds what the response needs until its end.
+/// Carries a response's body to the client, and holds what the response needs until its end; `idle`: silence that ends
+/// it.
 pub async fn response_body(
     stream: Rc<Stream>,
     mut source: Source,
     sink: Sink,
     lease: Option<Lease>,
     pump: Option<Pump>,
+    idle: Duration,
 ) {
     let carried = tokio::select! {
         biased;
         _ = stream.aborted() => Err(Ended::Broken),
         () = sink.closed() => Err(Ended::Closed),
+        () = idle::quiet(idle, || Some(stream.info.moved.get())) => {
+            stream.info.flags.set(stream.info.flags.get() | STREAM_IDLE);
+            stream.info.details.replace("stream_idle_timeout".into());
+            Err(Ended::Broken)
+        }
         carried = carry(&stream, StreamType::Response, &mut source, &sink) => carried,
     };
     drop(pump);

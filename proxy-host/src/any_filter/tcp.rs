@@ -3,11 +3,11 @@
 //! Bytes that the filter holds back are shown again with the next ones. A connection that is paused when it is new is
 //! connected to the upstream once it is continued, or once the filter lets bytes pass.
 
-use std::rc::Rc;
+use std::{pin::pin, rc::Rc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
         TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -21,6 +21,7 @@ use super::{
     host::{Abort, Step, Stream},
     pump::LIMIT,
 };
+use crate::idle;
 use crate::vm::{NetworkState, PeerType, StreamType};
 
 /// The filter state by which a filter chooses another cluster.
@@ -82,7 +83,7 @@ async fn carry(proxy: &Proxy, stream: &Stream, client: TcpStream) -> Ended {
     stream.info.upstream.set(Some(peers));
     stream.info.cluster.replace(cluster.name.clone());
     if !stream.wants.downstream_data && !stream.wants.upstream_data && first.is_none() {
-        return plain(from_client, to_client, upstream).await;
+        return plain(from_client, to_client, upstream, proxy.tcp_idle).await;
     }
     let (from_upstream, mut to_upstream) = upstream.into_split();
     let down = async {
@@ -94,17 +95,19 @@ async fn carry(proxy: &Proxy, stream: &Stream, client: TcpStream) -> Ended {
         downstream(stream, from_client, to_upstream).await
     };
     let up = upstream_to_client(stream, from_upstream, to_client);
-    match tokio::try_join!(down, up) {
-        Ok(_) => Ended::Local,
-        Err(ended) => ended,
+    let both = pin!(async { tokio::try_join!(down, up) });
+    match idle::within(proxy.tcp_idle, || Some(stream.info.moved.get()), both).await {
+        Some(Ok(_)) | None => Ended::Local,
+        Some(Err(ended)) => ended,
     }
 }
 
-async fn plain(from_client: OwnedReadHalf, to_client: OwnedWriteHalf, mut upstream: TcpStream) -> Ended {
-    let Ok(mut client) = from_client.reunite(to_client) else { return Ended::Local };
-    match copy_bidirectional(&mut client, &mut upstream).await {
-        Ok(_) | Err(_) => Ended::Local,
+async fn plain(from_client: OwnedReadHalf, to_client: OwnedWriteHalf, upstream: TcpStream, time: Duration) -> Ended {
+    if let Ok(client) = from_client.reunite(to_client) {
+        // However it ends, it is over.
+        idle::copy(client, upstream, time).await;
     }
+    Ended::Local
 }
 
 fn cluster(proxy: &Proxy, stream: &Stream) -> Option<Rc<Cluster>> {
@@ -224,6 +227,7 @@ fn take(stream: &Stream, is_downstream: bool) -> Bytes {
 }
 
 fn show(stream: &Stream, is_downstream: bool, bytes: Bytes, end: bool) -> Step {
+    stream.info.touch();
     let wants = if is_downstream { stream.wants.downstream_data } else { stream.wants.upstream_data };
     stream.network(|network| {
         let held = buffer(network, is_downstream);

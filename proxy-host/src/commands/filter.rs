@@ -73,10 +73,16 @@ pub struct Args {
     /// Threads, each with an instance of the filter; they share data and queues
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: u16,
+    /// How long a connection through a network filter may go without a byte either way. 0s: as long as it likes
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    pub tcp_idle_timeout: Duration,
     /// Limits of HTTP
     #[command(flatten)]
     pub http: HttpArgs,
 }
+
+/// Envoy's `stream_idle_timeout` where nothing else is said.
+const STREAM_IDLE: Duration = Duration::from_secs(300);
 
 /// Levels of proxy-wasm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -161,7 +167,8 @@ impl Args {
             network: self.network,
             listen: self.listen,
             upstream: self.upstream,
-            http: self.http.into(),
+            http: self.http.limits(STREAM_IDLE),
+            tcp_idle: self.tcp_idle_timeout,
             clusters: self.clusters,
             log_level: self.log_level.of_vm(),
             threads: self.threads.into(),

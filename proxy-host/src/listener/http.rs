@@ -1,6 +1,6 @@
 //! Requests: the filter names a cluster in a header, the one route goes by it, and bodies stream through.
 
-use std::{borrow::Cow, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::Cell, pin::pin, rc::Rc, sync::Arc};
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -12,7 +12,6 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
 
 use super::{
     Open,
@@ -28,6 +27,7 @@ use crate::{
     filter::{Connection, HttpVerdict, Stream},
     flags,
     headers::{self, authority_parts},
+    idle::{self, Copied},
     path,
     router::{self, Failure},
     upstream::{Wanted, hash},
@@ -45,6 +45,8 @@ struct Client {
     connection: Rc<Connection>,
     control: Arc<Control>,
     open: Rc<Open>,
+    /// Requests so far.
+    requests: Cell<u64>,
 }
 
 /// Serves the requests of one connection.
@@ -52,13 +54,16 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
     let stop = worker.stop.clone();
     let limits = worker.config.http;
     let control = Arc::new(Control::default());
-    let from = Rc::new(Client { connection, control: control.clone(), open });
+    let from = Rc::new(Client { connection, control: control.clone(), open, requests: Cell::new(0) });
+    let seen = Rc::downgrade(&from);
     let service = service_fn(move |request| {
         let (worker, from) = (worker.clone(), from.clone());
         // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
         Box::pin(async move { handle(&worker, &from, request).await })
     });
-    server::serve(client, http2, limits, stop, control, service).await;
+    // Each request under way holds what it came over.
+    let look = || (seen.strong_count() == 1).then(|| seen.upgrade().map_or(0, |from| from.requests.get()));
+    server::serve(client, http2, limits, stop, control, service, look).await;
 }
 
 /// A reset of the stream, said to hyper.
@@ -94,6 +99,7 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Reset> {
     let connection = &from.connection;
+    from.requests.set(from.requests.get() + 1);
     let mut exchange = Exchange {
         from: from.clone(),
         entry: Box::new(Entry::new(&worker.log)),
@@ -263,10 +269,15 @@ impl Exchange {
         }
         let request =
             router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, mirrors, expects };
-        let sent = router::send(worker, cluster, wanted, request, same, &mut self.entry).await;
+        let (idle, seen) = (worker.config.http.stream_idle, self.received.clone());
+        let sent = {
+            let sending = pin!(router::send(worker, cluster, wanted, request, same, &mut self.entry));
+            idle::within(idle, || Some(seen.moved()), sending).await
+        };
         let router::Answered { mut response, lease, deadline } = match sent {
-            Ok(answered) => answered,
-            Err(failure) => return Err((self, failure)),
+            Some(Ok(answered)) => answered,
+            Some(Err(failure)) => return Err((self, failure)),
+            None => return Err((self, Failure::Idle { whole: seen.is_whole() })),
         };
         let time = self.entry.elapsed();
         self.entry.service_time = Some(time);
@@ -278,7 +289,7 @@ impl Exchange {
                 let _held = open;
                 if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
                     // Either side may end it as it likes.
-                    let _ = copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await;
+                    let _ = idle::copy(TokioIo::new(client), TokioIo::new(upstream), idle).await;
                 }
             });
         } else {
@@ -293,7 +304,8 @@ impl Exchange {
             Err(None) => return Err((self, Failure::Filter)),
         };
         self.entry.status = head.status.as_u16();
-        let mut response = Response::new(ResponseBody::upstream(body, lease, deadline, self.received, self.entry));
+        let body = ResponseBody::upstream(body, lease, deadline, self.received, self.entry).limited(idle);
+        let mut response = Response::new(body.holding(self.from));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
         Ok(response)
@@ -308,7 +320,7 @@ impl Exchange {
         mut request: Request<Incoming>,
         stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
-        let (mut upstream, active) = match router::connect(worker, cluster, wanted, &mut self.entry).await {
+        let (upstream, active) = match router::connect(worker, cluster, wanted, &mut self.entry).await {
             Ok(connected) => connected,
             Err(failure) => return Err((self, failure)),
         };
@@ -317,13 +329,15 @@ impl Exchange {
         let entry = self.entry;
         let received = self.received;
         let open = self.from.open.clone();
+        let idle = worker.config.http.stream_idle;
         exec::spawn(async move {
             let mut entry = entry;
             let _held = (stream, active, open);
-            if let Ok(client) = client.await
-                && let Ok((received, sent)) = copy_bidirectional(&mut TokioIo::new(client), &mut upstream).await
-            {
-                (entry.received, entry.sent) = (received, sent);
+            let Ok(client) = client.await else { return };
+            match idle::copy(TokioIo::new(client), upstream, idle).await {
+                Copied::Whole(received, sent) => (entry.received, entry.sent) = (received, sent),
+                Copied::Idle(..) => (entry.flags, entry.reason) = ("SI", Some("stream_idle_timeout".into())),
+                Copied::Broken => {}
             }
         });
         // The tunnel's line is written at its end, by its task.
@@ -364,8 +378,15 @@ impl Exchange {
     fn failed(mut self, failure: &Failure) -> Response<ResponseBody> {
         self.entry.reason = Some(failure.details());
         let mut answer = self.refuse(failure.status(), Bytes::from(failure.body()), failure.flags());
-        if let Failure::Overflow(_) = failure {
-            answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+        match failure {
+            Failure::Overflow(_) => {
+                answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+            }
+            // Nobody waits for the rest of it.
+            Failure::Idle { whole: false } => {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            _ => {}
         }
         answer
     }
@@ -389,7 +410,7 @@ impl Exchange {
             (status, body)
         };
         self.entry.status = status.as_u16();
-        let mut response = Response::new(ResponseBody::local(body, self.received, self.entry));
+        let mut response = Response::new(ResponseBody::local(body, self.received, self.entry).holding(self.from));
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response

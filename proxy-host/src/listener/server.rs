@@ -1,7 +1,13 @@
 //! HTTP with a client, of either version: hyper, behind what judges each byte before it ([`super::guard`],
 //! [`super::calm`]), with Envoy's limits.
 
-use std::{error::Error, pin::pin, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    future::Future,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use ::http::{Request, Response};
 use hyper::{
@@ -18,7 +24,10 @@ use super::{
     guard::{Control, Guard},
     rewind::Rewind,
 };
-use crate::exec::LocalExec;
+use crate::{exec::LocalExec, idle};
+
+/// Connections that are told to end for want of requests get this long (Envoy's `drain_timeout`).
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// What a client may ask of this proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,16 +40,30 @@ pub struct HttpLimits {
     pub streams: u32,
     /// Time from the first byte of a request to the last of its headers; zero for no limit.
     pub header_time: Duration,
+    /// Silence on a stream, either way, that ends it; zero for no limit.
+    pub stream_idle: Duration,
+    /// Time without a request that ends a connection; zero for no limit.
+    pub connection_idle: Duration,
 }
 
 impl Default for HttpLimits {
-    /// Envoy's `max_request_headers_kb`, `max_headers_count`, `max_concurrent_streams`, `request_headers_timeout`.
+    /// Envoy's `max_request_headers_kb`, `max_headers_count`, `max_concurrent_streams`, `request_headers_timeout` and
+    /// `idle_timeout`; as under Istio, streams may be silent.
     fn default() -> Self {
-        Self { header_bytes: 60 * 1024, headers: 100, streams: 1024, header_time: Duration::ZERO }
+        Self {
+            header_bytes: 60 * 1024,
+            headers: 100,
+            streams: 1024,
+            header_time: Duration::ZERO,
+            stream_idle: Duration::ZERO,
+            connection_idle: Duration::from_secs(3600),
+        }
     }
 }
 
-/// Serves the requests of one connection until it ends, or `stop` is true and those under way have ended.
+/// Serves the requests of one connection until it ends, or those under way have ended after `stop` is true or after the
+/// time that a connection without requests may take; `look` gives the number of requests so far, `None` while one is
+/// under way.
 pub async fn serve<S, B>(
     client: Rewind,
     http2: bool,
@@ -48,6 +71,7 @@ pub async fn serve<S, B>(
     mut stop: watch::Receiver<bool>,
     control: Arc<Control>,
     service: S,
+    look: impl Fn() -> Option<u64>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>>,
     S::Future: 'static,
@@ -68,11 +92,9 @@ pub async fn serve<S, B>(
             let mut serving = pin!(builder.serve_connection(TokioIo::new(&mut calm), service));
             tokio::select! {
                 _ = serving.as_mut() => {}
-                stopped = stop.wait_for(|stop| *stop) => {
-                    // A guard, which would keep others from saying the same again.
-                    drop(stopped);
+                idle = over(&mut stop, limits.connection_idle, &look) => {
                     serving.as_mut().graceful_shutdown();
-                    let _ = serving.await;
+                    last(serving, idle, &look).await;
                 }
             }
         }
@@ -83,11 +105,32 @@ pub async fn serve<S, B>(
         let mut serving = pin!(serving);
         tokio::select! {
             _ = serving.as_mut() => {}
-            stopped = stop.wait_for(|stop| *stop) => {
-                drop(stopped);
+            idle = over(&mut stop, limits.connection_idle, &look) => {
                 serving.as_mut().graceful_shutdown();
-                let _ = serving.await;
+                last(serving, idle, &look).await;
             }
         }
+    }
+}
+
+/// Waits until a connection is to end; whether that is for want of requests.
+async fn over(stop: &mut watch::Receiver<bool>, idle: Duration, look: impl Fn() -> Option<u64>) -> bool {
+    tokio::select! {
+        // What it gives is a guard, which would keep others from saying the same again.
+        _ = stop.wait_for(|stop| *stop) => false,
+        () = idle::quiet(idle, look) => true,
+    }
+}
+
+/// Waits for the last requests of a connection. Where it is to end for want of any, its client need not agree.
+async fn last<R>(mut serving: Pin<&mut impl Future<Output = R>>, idle: bool, look: impl Fn() -> Option<u64>) {
+    if idle {
+        while let Err(_late) = tokio::time::timeout(DRAIN, serving.as_mut()).await {
+            if look().is_some() {
+                return;
+            }
+        }
+    } else {
+        let _ = serving.await;
     }
 }

@@ -1,9 +1,8 @@
 //! A connection that stays bytes: the filter names a cluster, and both sides are copied until they end.
 
-use std::rc::Rc;
+use std::{pin::pin, rc::Rc};
 
 use socket2::SockRef;
-use tokio::io::copy_bidirectional;
 
 use super::{
     relay::{Moved, Socket, relay},
@@ -12,6 +11,7 @@ use super::{
 use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
+    idle::{self, Copied},
     upstream::{Wanted, connect::ConnectError},
     worker::Worker,
 };
@@ -73,7 +73,7 @@ async fn carry(
     };
     let _active = endpoint.begin();
     entry.upstream = endpoint.address().map(ToString::to_string);
-    let mut upstream = match cluster.connect(&endpoint).await {
+    let upstream = match cluster.connect(&endpoint).await {
         Ok((upstream, address)) => {
             entry.upstream = Some(address.to_string());
             upstream
@@ -83,16 +83,35 @@ async fn carry(
             return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF" });
         }
     };
+    let time = cluster.spec().options.tcp_idle.unwrap_or(worker.config.tcp_idle);
     let ended = if let Some(socket) = upstream.socket() {
         let moved = Moved::default();
         let read = client.take_read();
-        let ended = relay(Socket::Tcp(client.stream()), read, socket, &moved).await;
+        let relayed = pin!(relay(Socket::Tcp(client.stream()), read, socket, &moved));
+        let ended = tokio::select! {
+            biased;
+            ended = relayed => Some(ended),
+            () = idle::quiet(time, || Some(moved.received.get() + moved.sent.get())) => None,
+        };
         (entry.received, entry.sent) = (moved.received.get(), moved.sent.get());
         ended
     } else {
-        let moved = copy_bidirectional(client, &mut upstream).await;
-        moved.map(|(received, sent)| (entry.received, entry.sent) = (received, sent))
+        match idle::copy(client, upstream, time).await {
+            Copied::Whole(received, sent) => {
+                (entry.received, entry.sent) = (received, sent);
+                Some(Ok(()))
+            }
+            Copied::Broken => Some(Err(std::io::ErrorKind::ConnectionReset.into())),
+            Copied::Idle(_) => None,
+        }
     };
-    // One side was reset; so is the other.
-    ended.map_err(|_| "")
+    match ended {
+        Some(Ok(())) => Ok(()),
+        // One side was reset; so is the other.
+        Some(Err(_)) => Err(""),
+        None => {
+            entry.reason = Some("tcp_session_idle_timeout".into());
+            Ok(())
+        }
+    }
 }

@@ -36,6 +36,11 @@ pub enum Failure {
         /// What has been tried.
         tries: Tries,
     },
+    /// Nothing has moved for too long.
+    Idle {
+        /// The client had said all.
+        whole: bool,
+    },
     /// The filter left headers that make no request, or did not let the response pass.
     Filter,
 }
@@ -47,7 +52,8 @@ impl Failure {
         match self {
             Self::Reset(error, _) if error.is_parse() => StatusCode::BAD_GATEWAY,
             Self::Timeout { no_content: true, .. } => StatusCode::NO_CONTENT,
-            Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Idle { whole: false } => StatusCode::REQUEST_TIMEOUT,
+            Self::Timeout { .. } | Self::Idle { whole: true } => StatusCode::GATEWAY_TIMEOUT,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -63,6 +69,7 @@ impl Failure {
             Self::Reset(error, tries) if error.is_parse() => flags::join("UPE", tries.flag),
             Self::Reset(_, tries) => flags::join("UC", tries.flag),
             Self::Timeout { tries, .. } => flags::join("UT", tries.flag),
+            Self::Idle { .. } => "SI",
             Self::Filter => "",
         }
     }
@@ -83,6 +90,7 @@ impl Failure {
             Self::Reset(_, tries) => before(&"connection termination", tries),
             Self::Timeout { no_content: true, .. } => String::new(),
             Self::Timeout { .. } => "upstream request timeout".into(),
+            Self::Idle { .. } => "stream timeout".into(),
             Self::Filter => "portolan: the filter failed\n".into(),
         }
     }
@@ -98,6 +106,7 @@ impl Failure {
             Self::Reset(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
             Self::Timeout { attempt: true, .. } => "upstream_per_try_timeout".into(),
             Self::Timeout { .. } => "response_timeout".into(),
+            Self::Idle { .. } => "stream_idle_timeout".into(),
             Self::Filter => "portolan_filter_failed".into(),
         }
     }

@@ -34,6 +34,8 @@ pub struct Options {
     pub keepalive: Option<Keepalive>,
     /// Unused connections are closed after this time; `None`: never.
     pub idle: Option<Duration>,
+    /// Silence that ends a TCP connection; `None` where the proxy's own limit holds, zero for no limit.
+    pub tcp_idle: Option<Duration>,
     /// Requests that a connection carries in its life.
     pub requests_per_connection: Option<u32>,
     /// Most that may be going on at a time.
@@ -50,6 +52,7 @@ impl Default for Options {
             tls: None,
             keepalive: None,
             idle: Some(IDLE),
+            tcp_idle: None,
             requests_per_connection: None,
             limits: Limits::default(),
             ejection: None,
@@ -151,7 +154,8 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
         Some(socket) => return Err(unsupported(&socket.name)),
     };
     let common = http.common_http_protocol_options.as_ref();
-    let idle = match time(common.and_then(|common| common.idle_timeout.as_ref())) {
+    let said = time(common.and_then(|common| common.idle_timeout.as_ref()));
+    let idle = match said {
         Some(idle) => Some(idle).filter(|idle| !idle.is_zero()),
         None => Some(IDLE),
     };
@@ -165,6 +169,7 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
             probes: number(keepalive.keepalive_probes.as_ref()),
         }),
         idle,
+        tcp_idle: said,
         requests_per_connection: number(common.and_then(|common| common.max_requests_per_connection.as_ref()))
             .filter(|most| *most > 0),
         limits: limits(cluster),

@@ -28,6 +28,11 @@ pub struct Proxy {
 impl Proxy {
     /// `protocol` is that of the port of `a.test`.
     pub fn start(origin: SocketAddr, protocol: &str) -> Self {
+        Self::start_with(origin, protocol, |_| {})
+    }
+
+    /// The same with other settings.
+    pub fn start_with(origin: SocketAddr, protocol: &str, configure: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let entry = format!(
             "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: a, namespace: default}}\nspec:\n  \
@@ -40,6 +45,7 @@ impl Proxy {
         let mut config = Config::of_files(vec![folder.path().to_owned()]);
         config.http_proxies = vec!["127.0.0.1:0".parse().unwrap()];
         config.threads = 1;
+        configure(&mut config);
         let (writer, log) = AccessLog::channel();
         let app = App::start(config, writer).unwrap();
         let address = app.http_proxies[0];
