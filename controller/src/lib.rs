@@ -4,6 +4,8 @@ pub mod api;
 pub mod cluster;
 pub mod compile;
 pub mod config;
+
+mod distinctions;
 pub mod embed;
 pub mod envoy;
 pub mod model;

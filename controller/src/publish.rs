@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cluster;
 use crate::compile::{Compiler, Conflict, Update};
+use crate::distinctions::Distinctions;
 use crate::model::Kind;
 use crate::model::{Change, MeshConfig, Object, ObjectKey, Scope};
 
@@ -95,7 +96,14 @@ impl Publisher {
     pub fn start(mesh: MeshConfig) -> std::io::Result<Self> {
         let (commands, mut inbox) = mpsc::unbounded_channel();
         std::thread::Builder::new().name("compiler".into()).spawn(move || {
-            let mut engine = Engine { mesh, objects: HashMap::new(), scopes: HashMap::new(), version: 0 };
+            let mut engine = Engine {
+                mesh,
+                objects: HashMap::new(),
+                distinctions: Distinctions::default(),
+                scopes: HashMap::new(),
+                seats: HashMap::new(),
+                version: 0,
+            };
             while let Some(command) = inbox.blocking_recv() {
                 engine.run(command);
             }
@@ -154,18 +162,29 @@ impl Publisher {
 struct Engine {
     mesh: MeshConfig,
     objects: HashMap<ObjectKey, Object>,
+    distinctions: Distinctions,
+    /// What is compiled, by what of a scope counts.
     scopes: HashMap<Scope, ScopeState>,
+    /// Who subscribes, by what subscribers say of themselves.
+    seats: HashMap<Scope, Seat>,
     version: u64,
+}
+
+/// Subscribers that say the same of themselves.
+struct Seat {
+    /// What of their scope counts.
+    of: Scope,
+    published: watch::Sender<Arc<Published>>,
+    idle: Option<Instant>,
 }
 
 struct ScopeState {
     compiler: Compiler,
-    published: watch::Sender<Arc<Published>>,
+    published: Arc<Published>,
     /// Version at which a host name last changed; `since` where it is not in here.
     changed: HashMap<Arc<str>, u64>,
-    /// Version of the first compilation.
+    /// Version of the first compilation, or of the last time that subscribers came from another scope.
     since: u64,
-    idle: Option<Instant>,
 }
 
 impl Engine {
@@ -177,9 +196,10 @@ impl Engine {
                 self.set_mesh(*mesh);
                 let _ = answer.send(());
             }
-            Command::Subscribe(scope, answer) => drop(answer.send(self.scope(&scope).published.subscribe())),
+            Command::Subscribe(scope, answer) => drop(answer.send(self.seat(&scope).published.subscribe())),
             Command::Clusters { scope, names, since, answer } => {
-                let state = self.scope(&scope);
+                let of = self.seat(&scope).of.clone();
+                let state = self.scope(&of);
                 let clusters = names.into_iter().filter(|n| state.may_differ(n, since));
                 let _ = answer.send(clusters.map(|n| (n.clone(), state.compiler.cluster(&n))).collect());
             }
@@ -196,21 +216,72 @@ impl Engine {
         }
         self.version += 1;
         let version = self.version;
+        self.forget();
         let mut conflicts = Vec::new();
-        self.scopes.retain(|scope, state| {
-            if state.forsaken() {
-                tracing::info!(?scope, "scope forgotten: nobody has subscribed for a while");
-                return false;
-            }
+        for state in self.scopes.values_mut() {
             let start = Instant::now();
             state.compiler.apply(changes);
             let update = state.compiler.commit();
             state.publish(version, &update);
             tracing::debug!(version, changes = changes.len(), elapsed = ?start.elapsed(), "compiled");
             conflicts.extend(update.conflicts);
-            true
-        });
+        }
+        if changes.iter().any(Distinctions::concerned_by) {
+            self.tell_apart();
+        }
+        self.publish();
         conflicts
+    }
+
+    /// Drops what nobody has subscribed to for a while.
+    fn forget(&mut self) {
+        self.seats.retain(|_, seat| !seat.forsaken());
+        let seats = &self.seats;
+        self.scopes.retain(|scope, _| {
+            let kept = seats.values().any(|seat| seat.of == *scope);
+            if !kept {
+                tracing::info!(?scope, "scope forgotten: nobody has subscribed for a while");
+            }
+            kept
+        });
+    }
+
+    /// Objects may ask about subscribers what none asked before, or not any more.
+    fn tell_apart(&mut self) {
+        let now = Distinctions::of(self.objects.values());
+        if now == self.distinctions {
+            return;
+        }
+        self.distinctions = now;
+        let version = self.version;
+        let mut moved = Vec::new();
+        for (scope, seat) in &mut self.seats {
+            let of = self.distinctions.relevant(scope);
+            if seat.of != of {
+                seat.of = of.clone();
+                moved.push(of);
+            }
+        }
+        for scope in moved {
+            let state = self.scope(&scope);
+            // What those who come have seen is not known here.
+            state.changed.clear();
+            state.since = version;
+        }
+        let seats = &self.seats;
+        self.scopes.retain(|scope, _| seats.values().any(|seat| seat.of == *scope));
+    }
+
+    /// Tells subscribers what is in force, where that is new.
+    fn publish(&self) {
+        for seat in self.seats.values() {
+            let Some(state) = self.scopes.get(&seat.of) else { continue };
+            seat.published.send_if_modified(|held| {
+                let new = !Arc::ptr_eq(held, &state.published);
+                held.clone_from(&state.published);
+                new
+            });
+        }
     }
 
     fn overview(&self) -> Overview {
@@ -218,7 +289,7 @@ impl Engine {
         for key in self.objects.keys() {
             *objects.entry(key.kind).or_default() += 1;
         }
-        let in_force = |(scope, state): (&Scope, &ScopeState)| (scope.clone(), state.published.borrow().clone());
+        let in_force = |(scope, state): (&Scope, &ScopeState)| (scope.clone(), state.published.clone());
         let mut scopes: Vec<_> = self.scopes.iter().map(in_force).collect();
         scopes.sort_by(|(a, _), (b, _)| (&a.namespace, &a.ips).cmp(&(&b.namespace, &b.ips)));
         Overview { objects, scopes }
@@ -236,12 +307,21 @@ impl Engine {
             state.compiler = compiler;
             state.changed.clear();
             state.since = self.version;
-            state.published.send_replace(Arc::new(whole(self.version, &state.compiler)));
+            state.published = Arc::new(whole(self.version, &state.compiler));
         }
+        self.publish();
+    }
+
+    fn seat(&mut self, scope: &Scope) -> &Seat {
+        if !self.seats.contains_key(scope) {
+            let of = self.distinctions.relevant(scope);
+            let published = watch::Sender::new(self.scope(&of).published.clone());
+            self.seats.insert(scope.clone(), Seat { of, published, idle: None });
+        }
+        &self.seats[scope]
     }
 
     fn scope(&mut self, scope: &Scope) -> &mut ScopeState {
-        let scope = &relevant(scope);
         if !self.scopes.contains_key(scope) {
             self.version += 1;
         }
@@ -252,22 +332,13 @@ impl Engine {
                 crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
             let (objects, conflicts) = (self.objects.len(), update.conflicts.len());
             tracing::info!(?scope, objects, conflicts, elapsed = ?start.elapsed(), "scope compiled");
-            let published = watch::Sender::new(Arc::new(whole(version, &compiler)));
-            ScopeState { compiler, published, changed: HashMap::new(), since: version, idle: None }
+            let published = Arc::new(whole(version, &compiler));
+            ScopeState { compiler, published, changed: HashMap::new(), since: version }
         })
     }
 }
 
-/// What of a scope bears on what is compiled: subscribers that differ in nothing else share it. Sidecars select by
-/// labels, and what is near depends on the locality.
-fn relevant(scope: &Scope) -> Scope {
-    let mut ips = scope.ips.clone();
-    ips.sort();
-    ips.dedup();
-    Scope { ips, ..scope.clone() }
-}
-
-impl ScopeState {
+impl Seat {
     fn forsaken(&mut self) -> bool {
         if self.published.receiver_count() > 0 {
             self.idle = None;
@@ -275,7 +346,9 @@ impl ScopeState {
         }
         self.idle.get_or_insert_with(Instant::now).elapsed() > IDLE
     }
+}
 
+impl ScopeState {
     fn may_differ(&self, name: &str, since: Option<u64>) -> bool {
         let Some(since) = since else { return true };
         let changed = cluster::host_of(name).and_then(|h| self.changed.get(h.as_str()).copied());
@@ -290,10 +363,10 @@ impl ScopeState {
             self.changed.extend(update.hosts.iter().map(|host| (host.clone(), version)));
         }
         if update.pages.changed.len() > MANY {
-            self.published.send_replace(Arc::new(whole(version, &self.compiler)));
+            self.published = Arc::new(whole(version, &self.compiler));
             return;
         }
-        let held = self.published.borrow().clone();
+        let held = self.published.clone();
         let mut pages = held.pages.clone();
         pages.retain(|p| update.pages.removed.binary_search(&p.id).is_err());
         for id in &update.pages.changed {
@@ -312,7 +385,7 @@ impl ScopeState {
             }
         }
         let digest = self.compiler.digest();
-        self.published.send_replace(Arc::new(Published { version, pages, digest, plans, ..*held }));
+        self.published = Arc::new(Published { version, pages, digest, plans, ..*held });
     }
 }
 

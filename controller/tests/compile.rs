@@ -6,7 +6,7 @@ mod objects;
 use objects::*;
 use portolan_controller::compile::ConflictRule;
 use portolan_controller::model::Protocol::*;
-use portolan_controller::model::{MeshConfig, Object, OutboundMode, Resolution, Service};
+use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution, Service};
 
 const DST: &str = "198.18.5.5";
 
@@ -134,6 +134,37 @@ fn external_name_is_a_further_name_of_its_target() {
     assert_eq!(w.http(&at(80), "ext.default.svc.cluster.local"), "outbound|80||a.com");
     assert_eq!(w.http(&at(80), "ext"), "outbound|80||a.com");
     assert_eq!(w.tls(&at(443), "ext.default"), "outbound|443||a.com");
+}
+
+#[test]
+fn routes_to_an_external_name_go_to_its_target() {
+    let alias = |target: &str, ports: &[(u16, portolan_controller::model::Protocol)]| {
+        Object::Service(std::sync::Arc::new(Service {
+            meta: meta("default", "ext", 0),
+            external_name: Some(target.into()),
+            ports: ports.iter().map(|(n, p)| port(*n, *p)).collect(),
+            ..Service::default()
+        }))
+    };
+    let routes = virtual_service("v", "hosts: [v.com]\nhttp: [{route: [{destination: {host: ext}}]}]");
+    let entries = [entry(se("a", &["a.com"], &[(8080, Http)])), entry(se("b", &["b.com"], &[(80, Http), (81, Http)]))];
+    let mut w = world(entries.into_iter().chain([routes, alias("a.com", &[])]));
+    let led = |w: &World| w.routed(&at(80), "v.com", "/").split(" -> ").last().unwrap().to_owned();
+    assert_eq!(led(&w), "outbound|8080||a.com");
+    for (object, cluster) in [
+        (alias("b.com", &[]), "outbound|80||b.com"),
+        (alias("b.com", &[(81, Http)]), "outbound|81||b.com"),
+        (entry(se("a", &["a.com"], &[(80, Http)])), "outbound|81||b.com"),
+    ] {
+        w.compiler.apply(&[Change::Apply(object)]);
+        w.compiler.commit();
+        w.snapshot = opened(&w.compiler);
+        assert_eq!(led(&w), cluster);
+    }
+    w.compiler.apply(&[Change::Delete(alias("b.com", &[]).key())]);
+    w.compiler.commit();
+    w.snapshot = opened(&w.compiler);
+    assert_eq!(led(&w), "outbound|80||ext.default.svc.cluster.local", "a name like any other");
 }
 
 #[test]

@@ -19,6 +19,10 @@ use portolan_proto::envoy::envoy::extensions::transport_sockets::tls::v3::{
     UpstreamTlsContext, common_tls_context::ValidationContextType,
 };
 use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
+use portolan_registry::decision::Verdict;
+use portolan_registry::lookup::{Listener, Request};
+use portolan_registry::route::{HashCookie, HashKey, Outcome};
+use portolan_registry::routing::Patterns;
 use prost::Message;
 
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -216,6 +220,84 @@ fn load_balancers() {
     let slow = config.slow_start_config.unwrap();
     assert_eq!(slow.slow_start_window.unwrap().seconds, 30);
     assert!((slow.min_weight_percent.unwrap().value - 10.0).abs() < f64::EPSILON);
+}
+
+/// What requests to a.com are kept together by, with and without a VirtualService.
+fn keys(world: &World) -> Vec<Option<HashKey>> {
+    let hash = |host: &str| {
+        let listener = Listener::Captured("192.0.2.1:80".parse().unwrap());
+        let request = Request { listener, authority: host.as_bytes(), connect: false };
+        let Verdict::Table { table } = world.snapshot.request(&request).verdict else { return None };
+        let matched = world.snapshot.routed(table, &Get("/"), &Patterns::default()).unwrap();
+        let Outcome::Forward(targets) = matched.action.outcome else { panic!("{matched:?}") };
+        targets[0].extras.as_ref()?.hash.clone()
+    };
+    ["a.com", "direct.com", "named.com", "v1.com"].map(hash).into()
+}
+
+#[test]
+fn what_requests_are_kept_together_by() {
+    let to = |host: &str, to: &str| {
+        let spec = format!("hosts: [{host}]\nhttp: [{{route: [{{destination: {{host: a.com{to}}}}}]}}]");
+        virtual_service(&host.replace('.', "-"), &spec)
+    };
+    let objects = || {
+        let entry = entry(se("service/a", &["a.com"], &[(80, Http)]));
+        let named = to("named.com", ", port: {number: 80}");
+        vec![entry, to("direct.com", ""), named, to("v1.com", ", subset: v1")]
+    };
+    let header = |name: &str| Some(HashKey::Header(name.into()));
+    let hash = |header: &str| format!("loadBalancer: {{consistentHash: {{httpHeaderName: {header}}}}}");
+    let level = format!("portLevelSettings: [{{port: {{number: 80}}, {}}}]", hash("X-P"));
+    let both = format!("{{{}, {level}}}", hash("x-top"));
+    let subset = format!("[{{name: v1, labels: {{a: b}}, trafficPolicy: {{{}}}}}]", hash("x-sub"));
+    let cases = [
+        ("{loadBalancer: {simple: RANDOM}}".to_owned(), "[]", vec![None, None, None, None]),
+        (format!("{{{}}}", hash("x-top")), "[]", vec![header("x-top"); 4]),
+        (both.clone(), "[]", vec![header("x-p"), header("x-top"), header("x-p"), header("x-top")]),
+        (both, &subset, vec![header("x-p"), header("x-top"), header("x-p"), header("x-sub")]),
+    ];
+    for (policy, subsets, expected) in cases {
+        let rule = || rule("service/r", &format!("{{host: a.com, trafficPolicy: {policy}, subsets: {subsets}}}"));
+        let mut world = world(objects().into_iter().chain([rule()]));
+        assert_eq!(keys(&world), expected, "{policy}");
+        // A rule that comes later does the same, and one that goes leaves nothing.
+        world.compiler.apply(&[Change::Delete(rule().key())]);
+        world.compiler.commit();
+        world.snapshot = opened(&world.compiler);
+        assert_eq!(keys(&world), [None, None, None, None]);
+        world.compiler.apply(&[Change::Apply(rule())]);
+        world.compiler.commit();
+        world.snapshot = opened(&world.compiler);
+        assert_eq!(keys(&world), expected, "{policy}");
+    }
+    let cookie = "httpCookie: {name: s, path: /p, ttl: 30.5s, attributes: [{name: Secure}]}";
+    let hashes = [
+        ("useSourceIp: true", HashKey::SourceIp),
+        ("httpQueryParameterName: Q", HashKey::Query("Q".into())),
+        (
+            cookie,
+            HashKey::Cookie(HashCookie {
+                name: "s".into(),
+                path: "/p".into(),
+                ttl: Some(30),
+                attributes: vec![("Secure".into(), String::new())],
+            }),
+        ),
+    ];
+    for (settings, key) in hashes {
+        let policy = format!("{{loadBalancer: {{consistentHash: {{{settings}}}}}}}");
+        let rule = rule("service/r", &format!("{{host: a.com, trafficPolicy: {policy}}}"));
+        assert_eq!(keys(&world(objects().into_iter().chain([rule])))[0], Some(key), "{settings}");
+    }
+}
+
+#[test]
+fn connections_are_kept_together_by_the_clients_address_alone() {
+    for (settings, want) in [("httpHeaderName: x", LbPolicy::Random), ("useSourceIp: true", LbPolicy::RingHash)] {
+        let cluster = under(&format!("{{loadBalancer: {{consistentHash: {{{settings}}}}}}}"), Tcp);
+        assert_eq!(cluster.lb_policy(), want, "{settings}");
+    }
 }
 
 #[test]

@@ -6,12 +6,15 @@ use portolan_registry::authority;
 use portolan_registry::route::{ALL, Cors, Extras, Fault, HeaderOps, Outcome, PathRewrite, Redirect, Retry, Target};
 use portolan_registry::routing::{Asked, Matched, Patterns, without_query};
 
+use crate::hash_key::{self, Sticky};
 use crate::host::{Answer, Host, Result};
 use crate::http::set_cluster;
 use crate::request::Headers;
 
 /// The header by which the host's route chooses where copies go.
 pub const MIRROR_HEADER: &str = "x-portolan-mirror";
+/// The header by whose value the host keeps requests together.
+pub const HASH_HEADER: &str = "x-portolan-hash";
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
 const TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-timeout-ms";
 const TRY_TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-per-try-timeout-ms";
@@ -155,6 +158,14 @@ fn forward(
     if let Some(authority) = authority.filter(|a| !a.is_empty()) {
         host.replace_request_header(":authority", authority.as_bytes())?;
     }
+    // As the client sent it: the host's own policy would read it before any rewrite too.
+    if let Some(key) = own.and_then(|o| o.hash.as_ref()) {
+        let Sticky { value, cookie } = hash_key::value(host, request, key);
+        if !value.is_empty() {
+            host.replace_request_header(HASH_HEADER, &value)?;
+        }
+        pending.list.extend(cookie.map(|cookie| (Change::Add, "set-cookie".to_owned(), cookie)));
+    }
     if let Some(path) = path {
         host.replace_request_header(ORIGINAL_PATH, &request.header(":path").unwrap_or_default())?;
         host.replace_request_header(":path", path)?;
@@ -194,6 +205,12 @@ fn orders(host: &impl Host, request: &Headers<'_>, extras: &Extras) -> Result {
     }
     // An Envoy knows the first only.
     mirrors.try_for_each(|mirror| host.add_request_header(MIRROR_HEADER, mirror.cluster.as_bytes()))
+}
+
+/// An address without the port behind it.
+pub(crate) fn without_port(address: &[u8]) -> &[u8] {
+    let end = address.iter().rposition(|b| *b == b':').unwrap_or(address.len());
+    address.get(..end).unwrap_or_default()
 }
 
 fn change_request(host: &impl Host, request: &Headers<'_>, ops: &HeaderOps) -> Result {
@@ -338,11 +355,7 @@ fn text(value: &str, request: &Headers<'_>, host: &impl Host) -> Vec<u8> {
 
 fn known<'h>(command: &str, request: &'h Headers<'_>, host: &impl Host) -> Cow<'h, [u8]> {
     let property = |path: &str| host.property(path).unwrap_or_default();
-    let address = |path: &str| {
-        let address = property(path);
-        let end = address.iter().rposition(|b| *b == b':').unwrap_or(address.len());
-        address.get(..end).unwrap_or_default().to_vec()
-    };
+    let address = |path: &str| without_port(&property(path)).to_vec();
     if let Some(name) = command.strip_prefix("REQ(").and_then(|c| c.strip_suffix(')')) {
         let mut names = name.split('?');
         return names.find_map(|name| request.header(&name.to_ascii_lowercase())).unwrap_or_default();

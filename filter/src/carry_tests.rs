@@ -1,6 +1,6 @@
 use portolan_registry::route::{
-    ALL, Action, Cors, Extras, Fault, HeaderOps, Mirror, Outcome, PathRewrite, Redirect, Respond, Retry, Route, Target,
-    TargetExtras, TextMatch, rows,
+    ALL, Action, Cors, Extras, Fault, HashCookie, HashKey, HeaderOps, Mirror, Outcome, PathRewrite, Redirect, Respond,
+    Retry, Route, Target, TargetExtras, TextMatch, rows,
 };
 use portolan_registry::row::{CatchAll, Choice, HostPort, Origin, OriginKind, Routes, Row, TableName};
 
@@ -261,6 +261,50 @@ fn weights_are_kept_to() {
     assert_eq!(seen.len(), 2);
     assert_eq!(super::pick(&[weighted("only", 0)]).map(|t| t.cluster.as_str()), Some("only"));
     assert_eq!(super::pick(&[]), None);
+}
+
+/// What the host is told by for a request with these headers, and the cookie that the client gets.
+fn kept_by(key: HashKey, path: &str, headers: &[(&str, &str)]) -> (Option<String>, Option<String>) {
+    let extras = TargetExtras { hash: Some(key), ..TargetExtras::default() };
+    let target = Target { extras: Some(Box::new(extras)), ..target("c") };
+    let mut vm = vm(Action { outcome: Outcome::Forward(vec![target]), extras: None });
+    vm.host.set_property("source\0address", b"10.1.1.1:5000");
+    let (told, calls) = ask(&mut vm, path, headers);
+    assert_eq!(told, Told::Continue);
+    let hash = calls.into_iter().find_map(|call| match call {
+        Call::Replace(name, value) if name == "x-portolan-hash" => String::from_utf8(value).ok(),
+        _ => None,
+    });
+    vm.on_response_headers(CONTEXT);
+    let cookie = vm.host.take_calls().into_iter().find_map(|call| match call {
+        Call::AddResponse(name, value) if name == "set-cookie" => String::from_utf8(value).ok(),
+        _ => None,
+    });
+    (hash, cookie)
+}
+
+#[test]
+fn requests_are_kept_together_by_what_the_rule_says() {
+    let only = |value: &str| (Some(value.to_owned()), None);
+    let header = || HashKey::Header("x-u".into());
+    assert_eq!(kept_by(header(), "/p", &[("x-u", "ann")]), only("ann"));
+    assert_eq!(kept_by(header(), "/p", &[]), (None, None));
+    assert_eq!(kept_by(HashKey::Query("u".into()), "/p?a=1&u=b%20c#u=d", &[]), only("b c"));
+    assert_eq!(kept_by(HashKey::Query("u".into()), "/p", &[]), (None, None));
+    assert_eq!(kept_by(HashKey::SourceIp, "/p", &[]), only("10.1.1.1"));
+    let cookie = HashCookie { name: "s".into(), path: "/p".into(), ..HashCookie::default() };
+    let known = HashKey::Cookie(cookie.clone());
+    assert_eq!(kept_by(known.clone(), "/p", &[("cookie", "a=b; s=\"it\"")]), only("it"));
+    assert_eq!(kept_by(known, "/p", &[("cookie", "as=b; s=")]), (None, None));
+    let attributes = vec![("SameSite".into(), "Strict".into()), ("Secure".into(), String::new())];
+    for (ttl, age) in [(0, ""), (60, "; Max-Age=60")] {
+        let given = HashKey::Cookie(HashCookie { ttl: Some(ttl), attributes: attributes.clone(), ..cookie.clone() });
+        let (hash, cookie) = kept_by(given.clone(), "/p", &[]);
+        let hash = hash.expect("a new cookie counts at once");
+        let wanted = format!("s=\"{hash}\"{age}; Path=/p; SameSite=Strict; Secure; HttpOnly");
+        assert_eq!(cookie, Some(wanted));
+        assert_eq!(kept_by(given, "/p", &[("cookie", "s=it")]), only("it"));
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@
 mod carry;
 pub mod config;
 mod envoy;
+mod hash_key;
 pub mod host;
 pub mod http;
 pub mod metrics;

@@ -79,6 +79,33 @@ impl HeaderOps {
     }
 }
 
+/// A cookie that keeps requests together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HashCookie {
+    /// Its name.
+    pub name: String,
+    /// Its path; empty for none.
+    pub path: String,
+    /// How many seconds one lasts that is made for a client without it, 0 for as long as the client runs. `None`: none is
+    /// made.
+    pub ttl: Option<u32>,
+    /// More attributes; an empty value is left out.
+    pub attributes: Vec<(String, String)>,
+}
+
+/// What requests of one kind are kept together by: those of one value go to one endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HashKey {
+    /// A header, by its lower-case name.
+    Header(String),
+    /// A cookie.
+    Cookie(HashCookie),
+    /// The client's address.
+    SourceIp,
+    /// A query parameter.
+    Query(String),
+}
+
 /// What holds for one of several destinations, applied before what holds for the route.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TargetExtras {
@@ -88,6 +115,8 @@ pub struct TargetExtras {
     pub request: HeaderOps,
     /// Headers of the response.
     pub response: HeaderOps,
+    /// What requests are kept together by.
+    pub hash: Option<HashKey>,
 }
 
 /// A destination.
@@ -236,7 +265,8 @@ pub struct Action {
 // === bytes ===
 
 fields!(HeaderOps: set, add, remove);
-fields!(TargetExtras: authority, request, response);
+fields!(HashCookie: name, path, ttl, attributes);
+fields!(TargetExtras: authority, request, response, hash);
 fields!(Target: cluster, weight, extras);
 fields!(Redirect: status, scheme, authority, port, path);
 fields!(Respond: status, body);
@@ -314,6 +344,36 @@ impl Wire for Outcome {
             0 => Wire::get(c).map(Outcome::Forward),
             1 => Wire::get(c).map(Outcome::Redirect),
             2 => Wire::get(c).map(Outcome::Respond),
+            _ => None,
+        }
+    }
+}
+
+impl Wire for HashKey {
+    fn put(&self, out: &mut Vec<u8>) {
+        match self {
+            HashKey::Header(name) => {
+                out.push(0);
+                name.put(out);
+            }
+            HashKey::Cookie(cookie) => {
+                out.push(1);
+                cookie.put(out);
+            }
+            HashKey::SourceIp => out.push(2),
+            HashKey::Query(name) => {
+                out.push(3);
+                name.put(out);
+            }
+        }
+    }
+
+    fn get(c: &mut Cursor<'_>) -> Option<Self> {
+        match c.u8()? {
+            0 => Wire::get(c).map(HashKey::Header),
+            1 => Wire::get(c).map(HashKey::Cookie),
+            2 => Some(HashKey::SourceIp),
+            3 => Wire::get(c).map(HashKey::Query),
             _ => None,
         }
     }

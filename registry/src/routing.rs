@@ -122,6 +122,17 @@ pub fn without_query(path: &[u8]) -> &[u8] {
     path.get(..end).unwrap_or(path)
 }
 
+/// The query that begins here.
+fn query_of(rest: &[u8]) -> &[u8] {
+    let query = rest.strip_prefix(b"?").unwrap_or_default();
+    query.split(|b| *b == b'#').next().unwrap_or_default()
+}
+
+/// The first query parameter of a name in a path, decoded.
+pub fn query_parameter<'q>(path: &'q [u8], name: &str) -> Option<Cow<'q, [u8]>> {
+    parameter(query_of(path.get(without_query(path).len()..)?), name)
+}
+
 /// A request as conditions see it.
 struct Subject<'q, A> {
     asked: &'q A,
@@ -136,8 +147,7 @@ impl Snapshot {
         let full = asked.header(":path");
         let path = full.as_deref().map(without_query);
         let rest = full.as_deref().zip(path).and_then(|(full, path)| full.get(path.len()..)).unwrap_or_default();
-        let query = rest.strip_prefix(b"?").unwrap_or_default();
-        let query = query.split(|b| *b == b'#').next().unwrap_or_default();
+        let query = query_of(rest);
         let subject = Subject { asked, path, query, patterns };
         if let Some((&INLINE, routes)) = table.name.split_first() {
             return first(Cursor(routes), &subject);

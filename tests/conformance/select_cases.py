@@ -5,9 +5,6 @@ import yaml
 
 # What does not agree yet, and why.
 LEFT_OUT = {
-    "dr-for-k8s-short-host": "consistentHash: endpoints are chosen at random",
-    "dr-hash-cookie-path-no-ttl": "consistentHash: endpoints are chosen at random",
-    "dr-hash-source-ip": "consistentHash: endpoints are chosen at random",
     "dr-outlier-default-gateway-errors": "proxy-host ejects nobody yet",
     "dr-tls-simple-http": "proxy-host asks for the server by the name as the client spelt it",
     "seed-mongo-mutual-tls": "proxy-host: TLS of TCP clusters on ports where the server speaks first",

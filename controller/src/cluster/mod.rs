@@ -20,6 +20,7 @@ use portolan_registry::object::ClusterName;
 use prost::{Message, Name};
 
 use self::endpoints::{Endpoint, Workloads, host_endpoints};
+use crate::api::destination_rule::ConsistentHash;
 use crate::compile::rules::Merged;
 use crate::compile::service::{Context, Member, Resolved, Source, http_class};
 use crate::model::{Protocol, Resolution, ServicePort};
@@ -150,6 +151,12 @@ pub(crate) fn build(
     if let Some(rule) = &rule {
         let policy = rule.policy(port, named.subset);
         policy::apply(&mut cluster, &policy, &identities);
+        let hash = policy.load_balancer.as_ref().and_then(|balancer| balancer.consistent_hash.as_ref());
+        // Of a connection that is not HTTP only the client's address is known.
+        let unknown = |hash: &ConsistentHash| hash.use_source_ip != Some(true);
+        if !http_class(service_port.protocol) && service_port.protocol != Protocol::Auto && hash.is_some_and(unknown) {
+            (cluster.lb_policy, cluster.lb_config) = (cluster::LbPolicy::Random.into(), None);
+        }
         locality::apply(&mut cluster, &policy, &all, &cx.scope);
     }
     Some(finish(cluster, &declared.member.source, None))

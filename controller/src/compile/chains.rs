@@ -8,8 +8,10 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
 use portolan_registry::object::ClusterName;
-use portolan_registry::row::{Choice, MAX_LOSERS, Origin, RowKey};
+use portolan_registry::route::{Action, HashKey, Outcome, Route, Target, TargetExtras, TextMatch};
+use portolan_registry::row::{Choice, MAX_LOSERS, Origin, Routes, RowKey};
 
+use super::http_routes::Others;
 use super::l4_routes::L4;
 use super::service::{
     Addr, Context, HostPortOwner, Member, Order, Resolved, Source, Spoken, alternate_hosts, http_class, tls_class,
@@ -78,7 +80,7 @@ pub(crate) struct Around<'a> {
     pub(crate) members: &'a [Member],
     pub(crate) workloads: &'a Workloads,
     pub(crate) virtual_services: &'a VirtualServices,
-    pub(crate) only_port: &'a dyn Fn(&str) -> Option<u16>,
+    pub(crate) others: &'a dyn Others,
     pub(crate) cx: &'a Context,
 }
 
@@ -91,6 +93,8 @@ pub(crate) struct Group {
     pub(crate) domains: Vec<Domain>,
     /// Route tables, by port.
     pub(crate) routed: BTreeMap<u16, Routed>,
+    /// What requests are kept together by on ports without a table.
+    hashed: BTreeMap<u16, HashKey>,
     /// Partial wildcards that a TLS port cannot match: origin and pattern.
     pub(crate) dropped: Vec<(Origin, String)>,
 }
@@ -106,8 +110,14 @@ impl Group {
             chains: Vec::new(),
             domains: Vec::new(),
             routed,
+            hashed: BTreeMap::new(),
             dropped: Vec::new(),
         };
+        for owner in group.resolved.ports.iter().filter(|owner| owner.http.is_some()) {
+            let host = group.resolved.services.get(owner.base).map_or("", |s| &s.member.host);
+            let key = around.others.hash(host, owner.number, "", true);
+            group.hashed.extend(key.map(|key| (owner.number, key)));
+        }
         group.domains = domains(key, &group.resolved, cx);
         for index in 0..group.resolved.services.len() {
             group.add_chains(index, around);
@@ -167,7 +177,7 @@ impl Group {
             seen: around.virtual_services.seen(chain.port),
             host: &service.member.host,
             port: chain.port,
-            only_port: around.only_port,
+            others: around.others,
         };
         let own = if tls_class(chain.protocol) {
             let some = l4.tls(&chain);
@@ -317,7 +327,24 @@ impl Group {
         if let Some(routed) = self.routed.get(&port) {
             return Some(routed.choice());
         }
-        self.choice(owner, self.cluster(port))
+        Some(self.kept_together(port, self.choice(owner, self.cluster(port))?))
+    }
+
+    /// The same for requests that are kept together, where they are: by one route for all.
+    pub(crate) fn kept_together(&self, port: u16, choice: Choice) -> Choice {
+        let Some(key) = self.hashed.get(&port) else { return choice };
+        let extras = TargetExtras { hash: Some(key.clone()), ..TargetExtras::default() };
+        let cluster = choice.cluster.to_string();
+        let targets = vec![Target { cluster, weight: 1, extras: Some(Box::new(extras)) }];
+        let route = Route {
+            name: "default".to_owned(),
+            index: 0,
+            path: TextMatch::Present,
+            ignore_case: false,
+            conditions: Vec::new(),
+            action: Action { outcome: Outcome::Forward(targets), extras: None },
+        };
+        Choice { cluster: ClusterName::default(), routes: Some(Routes::Inline(vec![route])), ..choice }
     }
 
     /// Ports with a virtual host.
@@ -332,11 +359,10 @@ impl Group {
             return Some(routed.choice());
         }
         let base = self.service(owner.base)?;
-        let cluster = match base.member.source.resolution() {
-            Resolution::None => forward_name(port, &base.member.host),
-            _ => self.cluster(port),
-        };
-        self.choice(owner, cluster)
+        match base.member.source.resolution() {
+            Resolution::None => self.choice(owner, forward_name(port, &base.member.host)),
+            _ => Some(self.kept_together(port, self.choice(owner, self.cluster(port))?)),
+        }
     }
 }
 

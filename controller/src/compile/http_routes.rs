@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::SignedDuration;
 use portolan_registry::route::{
-    ALL, Action, Condition, Cors, Extras, Fault, HeaderOps, Mirror, Outcome, PathRewrite, Redirect, Respond, Retry,
-    Route, Subject, Target, TargetExtras, TextMatch,
+    ALL, Action, Condition, Cors, Extras, Fault, HashKey, HeaderOps, Mirror, Outcome, PathRewrite, Redirect, Respond,
+    Retry, Route, Subject, Target, TargetExtras, TextMatch,
 };
 
 use super::rules::expand;
@@ -20,6 +20,18 @@ use crate::model::Labels;
 /// The gateway that stands for all sidecars.
 pub(crate) const MESH: &str = "mesh";
 
+/// What routes ask about the hosts that they lead to.
+pub(crate) trait Others {
+    /// The only port of a host, if it has just one.
+    fn only_port(&self, host: &str) -> Option<u16>;
+
+    /// The host that an ExternalName Service of this name stands for, and the Service's only port, if it has just one.
+    fn alias(&self, host: &str) -> Option<(String, Option<u16>)>;
+
+    /// What requests to a host are kept together by; `by_port` where the port's own settings count.
+    fn hash(&self, host: &str, port: u16, subset: &str, by_port: bool) -> Option<HashKey>;
+}
+
 /// Where routes are compiled for.
 pub(crate) struct Place<'p> {
     pub(crate) cx: &'p Context,
@@ -27,8 +39,7 @@ pub(crate) struct Place<'p> {
     pub(crate) namespace: &'p str,
     /// Port of the listener.
     pub(crate) port: u16,
-    /// The only port of a host, if it has just one.
-    pub(crate) only_port: &'p dyn Fn(&str) -> Option<u16>,
+    pub(crate) others: &'p dyn Others,
 }
 
 /// The table; empty where no route is for this subscriber and port.
@@ -128,10 +139,23 @@ impl Place<'_> {
 
     /// The cluster of a destination. One without a port has the target's only port, else that of the listener.
     pub(crate) fn cluster(&self, to: &Destination) -> String {
+        let (host, port) = self.host_port(to);
+        let port = port.or_else(|| self.others.only_port(&host)).unwrap_or(self.port);
+        format!("outbound|{port}|{}|{host}", to.subset)
+    }
+
+    fn hash(&self, to: &Destination) -> Option<HashKey> {
+        let (host, port) = self.host_port(to);
+        self.others.hash(&host, port.unwrap_or(self.port), &to.subset, port.is_some())
+    }
+
+    fn host_port(&self, to: &Destination) -> (String, Option<u16>) {
         let host = expand(&to.host, self.namespace, &self.cx.mesh.cluster_domain);
         let given = to.port.as_ref().and_then(|port| u16::try_from(port.number).ok()).filter(|port| *port != 0);
-        let port = given.or_else(|| (self.only_port)(&host)).unwrap_or(self.port);
-        format!("outbound|{port}|{}|{host}", to.subset)
+        match self.others.alias(&host) {
+            Some((target, port)) => (target, given.or(port)),
+            None => (host, given),
+        }
     }
 
     fn action(&self, route: &HttpRoute) -> Option<Action> {
@@ -161,15 +185,18 @@ impl Place<'_> {
             if extras.authority.is_empty() {
                 extras.authority = authority(headers.and_then(|h| h.request.as_ref()));
             }
-            let cluster = self.cluster(only.destination.as_ref()?);
-            return Some(vec![Target { cluster, weight: 1, extras: None }]);
+            let to = only.destination.as_ref()?;
+            let hash = self.hash(to);
+            let own = hash.map(|key| Box::new(TargetExtras { hash: Some(key), ..TargetExtras::default() }));
+            return Some(vec![Target { cluster: self.cluster(to), weight: 1, extras: own }]);
         }
         let target = |to: &api::HttpRouteDestination| {
             let weight = u32::try_from(to.weight).ok().filter(|weight| *weight > 0)?;
-            let cluster = self.cluster(to.destination.as_ref()?);
+            let destination = to.destination.as_ref()?;
+            let (cluster, hash) = (self.cluster(destination), self.hash(destination));
             let headers = to.headers.as_ref();
-            let mut own =
-                TargetExtras { authority: authority(headers.and_then(|h| h.request.as_ref())), ..Default::default() };
+            let authority = authority(headers.and_then(|h| h.request.as_ref()));
+            let mut own = TargetExtras { authority, hash, ..TargetExtras::default() };
             extend(&mut own.request, headers.and_then(|h| h.request.as_ref()));
             extend(&mut own.response, headers.and_then(|h| h.response.as_ref()));
             let extras = (own != TargetExtras::default()).then(|| Box::new(own));

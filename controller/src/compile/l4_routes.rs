@@ -10,7 +10,7 @@ use portolan_registry::route::{Action, Outcome, Route, Target, TextMatch};
 use portolan_registry::row::{Choice, Routes};
 
 use super::chains::{Bind, Chain};
-use super::http_routes::{MESH, Place};
+use super::http_routes::{MESH, Others, Place};
 use super::service::Context;
 use super::virtual_services::Virtual;
 use crate::api::virtual_service::RouteDestination;
@@ -25,7 +25,7 @@ pub(crate) struct L4<'l> {
     /// The service's host as written.
     pub(crate) host: &'l str,
     pub(crate) port: u16,
-    pub(crate) only_port: &'l dyn Fn(&str) -> Option<u16>,
+    pub(crate) others: &'l dyn Others,
 }
 
 /// Conditions that do not depend on the connection.
@@ -51,7 +51,7 @@ impl L4<'_> {
     /// A route's destinations, as a table of one route.
     fn choice(&self, one: &Virtual, kind: &str, index: u32, to: &[RouteDestination]) -> Option<Choice> {
         let namespace = &one.object.meta.namespace;
-        let place = Place { cx: self.cx, namespace, port: self.port, only_port: self.only_port };
+        let place = Place { cx: self.cx, namespace, port: self.port, others: self.others };
         let single = to.len() == 1;
         let target = |to: &RouteDestination| {
             let weight = if single { 1 } else { u32::try_from(to.weight).ok().filter(|weight| *weight > 0)? };

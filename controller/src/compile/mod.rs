@@ -22,10 +22,12 @@ use std::sync::Arc;
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::v1::{Inspection, ListenerPlan};
 use portolan_registry::object::{ClusterName, Namespace};
+use portolan_registry::route::HashKey;
 use portolan_registry::row::{CatchAll, Choice, Globals, Origin, Row, RowKey};
 use portolan_registry::write::{self, PageId, Writer};
 
 use self::chains::{Around, Group};
+use self::http_routes::Others;
 use self::ports::PortState;
 use self::rules::Rules;
 use self::service::{Context, Member, Source, group_key, kube_host};
@@ -33,7 +35,7 @@ use self::sidecar::Sidecars;
 use self::virtual_services::VirtualServices;
 use crate::api::destination_rule::DestinationRule;
 use crate::cluster::{self, endpoints::Workloads};
-use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope};
+use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope, Service};
 use crate::validate::predicates;
 
 /// Claims that met, and who lost.
@@ -102,6 +104,8 @@ pub struct Compiler {
     http_ports: HashMap<Arc<str>, Vec<u16>>,
     objects: HashMap<ObjectKey, Object>,
     hosts: HashMap<Arc<str>, HostState>,
+    /// ExternalName Services by their own names.
+    aliases: HashMap<Arc<str>, Arc<Service>>,
     workloads: Workloads,
     /// Hosts of each namespace that select workloads.
     selecting: HashMap<Namespace, BTreeSet<Arc<str>>>,
@@ -141,6 +145,7 @@ impl Compiler {
             dirty_clusters: BTreeSet::new(),
             objects: HashMap::new(),
             hosts: HashMap::new(),
+            aliases: HashMap::new(),
             workloads: Workloads::default(),
             selecting: HashMap::new(),
             claimants: HashMap::new(),
@@ -252,6 +257,7 @@ impl Compiler {
             return self.choose_sidecar();
         }
         if let Object::DestinationRule(rule) = object {
+            self.touch_clusters(rule);
             self.rules.insert(rule);
             return self.touch_clusters(rule);
         }
@@ -260,6 +266,11 @@ impl Compiler {
         }
         for (key, member, alias) in self.members(object) {
             self.touch(&key);
+            if let (true, Source::Kube(service)) = (alias, &member.source) {
+                self.aliases.insert(group_key(&member.host).into(), Arc::clone(service));
+                // Routes name the alias.
+                self.touch(&group_key(&member.host).into());
+            }
             if member.source.is_kube() || selects(&member.source) {
                 let namespace = member.source.meta().namespace.clone();
                 self.selecting.entry(namespace).or_default().insert(key.clone());
@@ -277,6 +288,7 @@ impl Compiler {
             return self.choose_sidecar();
         }
         if let Object::DestinationRule(rule) = object {
+            self.touch_clusters(rule);
             self.rules.remove(rule);
             return self.touch_clusters(rule);
         }
@@ -284,8 +296,13 @@ impl Compiler {
             return self.virtual_services.remove(object);
         }
         let gone = object.key();
-        for (key, member, _) in self.members(object) {
+        for (key, member, alias) in self.members(object) {
             self.touch(&key);
+            if alias {
+                let own: Arc<str> = group_key(&member.host).into();
+                self.aliases.remove(&own);
+                self.touch(&own);
+            }
             let namespace = &member.source.meta().namespace;
             let Some(state) = self.hosts.get_mut(&key) else { continue };
             let stays = |m: &Member| {
@@ -313,7 +330,11 @@ impl Compiler {
         let of = rules::expand(&rule.spec.host, &rule.meta.namespace, &self.cx.mesh.cluster_domain);
         let of = group_key(&of).into_owned();
         let about = |host: &&Arc<str>| predicates::is_host_subset(host, &of);
-        self.dirty_clusters.extend(self.hosts.keys().filter(about).cloned());
+        let hosts: Vec<Arc<str>> = self.hosts.keys().filter(about).cloned().collect();
+        if self.rules.hash() {
+            hosts.iter().for_each(|host| self.touch(host));
+        }
+        self.dirty_clusters.extend(hosts);
     }
 
     /// Withdraws what the hosts claim that take a workload for an endpoint, before it comes or goes.
@@ -334,6 +355,8 @@ impl Compiler {
         if !self.dirty_hosts.insert(key.clone()) {
             return;
         }
+        let aliases = self.hosts.get(key).into_iter().flat_map(|state| &state.aliases);
+        self.dirty_hosts.extend(aliases.map(|alias| group_key(&alias.host).into()));
         let Some(group) = self.group(key) else { return };
         for row in group.foreign_rows() {
             if let Some(hosts) = self.claimants.get_mut(&row) {
@@ -353,12 +376,12 @@ impl Compiler {
     fn group(&self, key: &str) -> Option<Group> {
         let state = self.hosts.get(key)?;
         let resolved = service::resolve(&state.members, &state.aliases, &self.cx)?;
-        let only_port = |host: &str| only_port(&self.hosts, &self.cx, host);
+        let others = Registry { hosts: &self.hosts, aliases: &self.aliases, rules: &self.rules, cx: &self.cx };
         let around = Around {
             members: &state.members,
             workloads: &self.workloads,
             virtual_services: &self.virtual_services,
-            only_port: &only_port,
+            others: &others,
             cx: &self.cx,
         };
         Some(Group::new(key, resolved, &around))
@@ -443,9 +466,8 @@ impl Compiler {
 
     /// Gives hosts and ports their route tables.
     fn assign_virtual_services(&mut self, dirty: &BTreeSet<Arc<str>>, conflicts: &mut Vec<Conflict>) {
-        let (hosts, cx) = (&self.hosts, &self.cx);
-        let only_port = |host: &str| only_port(hosts, cx, host);
-        let changed = self.virtual_services.assign(cx, &self.http_ports, dirty, &only_port);
+        let others = Registry { hosts: &self.hosts, aliases: &self.aliases, rules: &self.rules, cx: &self.cx };
+        let changed = self.virtual_services.assign(&self.cx, &self.http_ports, dirty, &others);
         for key in changed.hosts {
             let Some(group) = self.group(&key) else { continue };
             self.dirty_rows.extend(group.pattern.clone().map(RowKey::Host));
@@ -588,13 +610,46 @@ impl Compiler {
     }
 }
 
-/// The port of a host that has just one.
-fn only_port(hosts: &HashMap<Arc<str>, HostState>, cx: &Context, host: &str) -> Option<u16> {
-    let state = hosts.get(&*group_key(host))?;
-    let resolved = service::resolve(&state.members, &state.aliases, cx)?;
-    match resolved.ports.as_slice() {
-        [only] => Some(only.number),
-        _ => None,
+/// All that routes may ask about the hosts that they lead to.
+struct Registry<'c> {
+    hosts: &'c HashMap<Arc<str>, HostState>,
+    aliases: &'c HashMap<Arc<str>, Arc<Service>>,
+    rules: &'c Rules,
+    cx: &'c Context,
+}
+
+impl Registry<'_> {
+    fn resolve(&self, host: &str) -> Option<service::Resolved> {
+        let state = self.hosts.get(&*group_key(host))?;
+        service::resolve(&state.members, &state.aliases, self.cx)
+    }
+}
+
+impl Others for Registry<'_> {
+    fn only_port(&self, host: &str) -> Option<u16> {
+        match self.resolve(host)?.ports.as_slice() {
+            [only] => Some(only.number),
+            _ => None,
+        }
+    }
+
+    fn alias(&self, host: &str) -> Option<(String, Option<u16>)> {
+        let service = self.aliases.get(&*group_key(host))?;
+        let port = match service.ports.as_slice() {
+            [only] => Some(only.number),
+            _ => None,
+        };
+        Some((service.external_name.clone()?, port))
+    }
+
+    fn hash(&self, host: &str, port: u16, subset: &str, by_port: bool) -> Option<HashKey> {
+        if !self.rules.hash() {
+            return None;
+        }
+        let resolved = self.resolve(host)?;
+        let owner = resolved.ports.iter().find(|owner| owner.number == port);
+        let base = &resolved.services.get(owner.map_or(0, |owner| owner.base))?.member;
+        self.rules.of(&base.source.meta().namespace, &base.host, self.cx)?.hash(port, subset, by_port)
     }
 }
 

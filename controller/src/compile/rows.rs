@@ -90,12 +90,15 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
     ranked.retain(|(_, c, _)| longest(c) == deepest);
     let sniffed: Vec<Ranked<'_>> = ranked.iter().filter(|(_, c, _)| c.http).cloned().collect();
     let http = first(&sniffed).map(|mut choice| {
-        if sniffed.first().is_some_and(|(_, chain, group)| !single_route(group, chain)) {
+        let Some((_, chain, group)) = sniffed.first() else { return choice };
+        if !single_route(group, chain) {
             choice.cluster = ClusterName::default();
-        } else if let Some(routed) = sniffed.first().and_then(|(_, chain, group)| group.routed.get(&chain.port)) {
-            choice = routed.choice();
+            return choice;
         }
-        choice
+        match group.routed.get(&chain.port) {
+            Some(routed) => routed.choice(),
+            None => group.kept_together(chain.port, choice),
+        }
     });
     let (plain, sni) = by_server_name(&ranked);
     let plain: Vec<Ranked<'_>> = plain.into_iter().filter(|(_, c, _)| c.tcp).collect();

@@ -4,8 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use jiff::SignedDuration;
+use portolan_registry::route::{HashCookie, HashKey};
+
 use super::service::Context;
-use crate::api::destination_rule::{ClientTlsMode, DestinationRule, PortTrafficPolicy, Subset, TrafficPolicy};
+use crate::api::destination_rule::{
+    ClientTlsMode, ConsistentHash, DestinationRule, LoadBalancer, PortTrafficPolicy, Subset, TrafficPolicy,
+};
 use crate::model::{Checked, Labels};
 use crate::validate::predicates;
 
@@ -15,6 +20,8 @@ type Place = (bool, i64, String);
 /// All DestinationRules.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
+    /// How many of them hash.
+    hashing: usize,
     by_namespace: HashMap<String, BTreeMap<Place, Arc<Checked<DestinationRule>>>>,
 }
 
@@ -33,12 +40,19 @@ impl Rules {
     pub(crate) fn insert(&mut self, rule: &Arc<Checked<DestinationRule>>) {
         let namespace = self.by_namespace.entry(rule.meta.namespace.to_string()).or_default();
         namespace.insert(place(rule), Arc::clone(rule));
+        self.hashing += usize::from(hashes(&rule.spec));
+    }
+
+    /// Whether routes may depend on rules, and not clusters alone.
+    pub(crate) fn hash(&self) -> bool {
+        self.hashing > 0
     }
 
     pub(crate) fn remove(&mut self, rule: &Checked<DestinationRule>) {
         if let Some(namespace) = self.by_namespace.get_mut(rule.meta.namespace.as_str()) {
             namespace.remove(&place(rule));
         }
+        self.hashing -= usize::from(hashes(&rule.spec));
     }
 
     /// The rule for a service of that namespace: first of the subscriber's namespace, then of the service's, then of
@@ -97,6 +111,35 @@ impl Rules {
             merge(&mut out, rule);
         }
         out
+    }
+}
+
+/// Whether the rule keeps requests together by something.
+fn hashes(spec: &DestinationRule) -> bool {
+    let policies = spec.traffic_policy.iter().chain(spec.subsets.iter().filter_map(|s| s.traffic_policy.as_ref()));
+    let balancers = policies.flat_map(|p| {
+        [&p.load_balancer].into_iter().chain(p.port_level_settings.iter().map(|level| &level.load_balancer))
+    });
+    balancers.flatten().any(|balancer| balancer.consistent_hash.is_some())
+}
+
+fn key(hash: &ConsistentHash) -> Option<HashKey> {
+    if let Some(name) = &hash.http_header_name {
+        return Some(HashKey::Header(name.to_ascii_lowercase()));
+    }
+    if let Some(cookie) = &hash.http_cookie {
+        let seconds = |ttl: SignedDuration| u32::try_from(ttl.as_secs()).unwrap_or_default();
+        return Some(HashKey::Cookie(HashCookie {
+            name: cookie.name.clone(),
+            path: cookie.path.clone(),
+            ttl: cookie.ttl.map(seconds),
+            attributes: cookie.attributes.iter().map(|a| (a.name.clone(), a.value.clone())).collect(),
+        }));
+    }
+    match (&hash.http_query_parameter_name, hash.use_source_ip) {
+        (Some(name), _) => Some(HashKey::Query(name.clone())),
+        (None, Some(true)) => Some(HashKey::SourceIp),
+        (None, _) => None,
     }
 }
 
@@ -164,6 +207,21 @@ impl Merged {
         self.subsets.iter().find(|subset| subset.name == name).map(|subset| &subset.labels)
     }
 
+    /// What requests to a port are kept together by (SEMANTICS 4.6): the subset's settings before the rule's. Those of the
+    /// port count where a route names it (`by_port`), or there is no route.
+    pub(crate) fn hash(&self, port: u16, subset: &str, by_port: bool) -> Option<HashKey> {
+        let subset = self.subsets.iter().find(|known| !subset.is_empty() && known.name == subset);
+        let of_subset = subset.and_then(|subset| subset.traffic_policy.as_ref());
+        let levels = [(of_subset, true), (self.policy.as_ref(), by_port)];
+        let hash = levels.into_iter().find_map(|(policy, by_port)| {
+            let policy = policy?;
+            let level = port_level(policy, port).filter(|_| by_port).and_then(|level| level.load_balancer.as_ref());
+            let of = |balancer: &'_ LoadBalancer| balancer.consistent_hash.clone();
+            level.and_then(of).or_else(|| policy.load_balancer.as_ref().and_then(of))
+        });
+        key(&hash?)
+    }
+
     /// What holds for a port of all endpoints (no subset) or of a subset.
     pub(crate) fn policy(&self, port: u16, subset: &str) -> TrafficPolicy {
         let base = self.policy.as_ref();
@@ -203,9 +261,6 @@ pub fn unserved(spec: &DestinationRule) -> Vec<&'static str> {
         let levels = policy.port_level_settings.iter();
         let balancers = levels.clone().map(|level| &level.load_balancer).chain([&policy.load_balancer]);
         for balancer in balancers.flatten() {
-            if balancer.consistent_hash.is_some() {
-                out.insert("the key of consistentHash: endpoints are chosen at random");
-            }
             if balancer.backend_utilization.is_some() {
                 out.insert("loadBalancer by backendUtilization");
             }

@@ -8,7 +8,7 @@ use portolan_registry::route;
 use portolan_registry::row::{Choice, Origin, OriginKind, Routes, Row, RowKey, TableName};
 
 use super::delegates;
-use super::http_routes::{self, MESH, Place};
+use super::http_routes::{self, MESH, Others, Place};
 use super::rules::expand;
 use super::service::Context;
 use crate::api::virtual_service::{HttpRoute, VirtualService};
@@ -256,13 +256,13 @@ impl VirtualServices {
     }
 
     /// Works out which hosts and ports have which tables. `ports` are the HTTP ports of every registry host, `touched` the
-    /// hosts that have changed, `only_port` the port of a host with just one.
+    /// hosts that have changed, `others` knows where routes lead to.
     pub(crate) fn assign(
         &mut self,
         cx: &Context,
         ports: &HashMap<Arc<str>, Vec<u16>>,
         touched: &BTreeSet<Arc<str>>,
-        only_port: &dyn Fn(&str) -> Option<u16>,
+        others: &dyn Others,
     ) -> Reassigned {
         let mut out = Reassigned::default();
         let mut tables: BTreeMap<TableName, Written> = BTreeMap::new();
@@ -281,7 +281,7 @@ impl VirtualServices {
             let written = match old.remove(&name) {
                 Some(was) if same(&was) => was,
                 was => {
-                    let place = Place { cx, namespace: &meta.namespace, port, only_port };
+                    let place = Place { cx, namespace: &meta.namespace, port, others };
                     let routes = http_routes::compile(one.http.iter(), &place);
                     let rows = if routes.is_empty() { Vec::new() } else { route::rows(&name, &routes) };
                     let keys: Vec<RowKey> = rows.iter().map(Row::key).collect();

@@ -27,7 +27,7 @@ use portolan_proto::envoy::envoy::extensions::filters::network::tcp_proxy::v3::{
 use portolan_proto::envoy::envoy::extensions::filters::network::wasm::v3::Wasm as NetworkWasm;
 use portolan_proto::envoy::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
 use portolan_proto::envoy::envoy::extensions::wasm::v3::{FailurePolicy, PluginConfig, VmConfig, plugin_config};
-use portolan_proto::envoy::envoy::r#type::v3::FractionalPercent;
+use portolan_proto::envoy::envoy::r#type::v3::{FractionalPercent, HashPolicy, hash_policy};
 use portolan_proto::envoy::google::protobuf::{self, StringValue};
 use prost::{Message, Name};
 use serde_json::json;
@@ -195,6 +195,10 @@ impl Chains {
                 ..tcp_proxy::OnDemand::default()
             }),
             access_log: self.access_log(),
+            // Only a cluster that balances by hash asks for it.
+            hash_policy: vec![HashPolicy {
+                policy_specifier: Some(hash_policy::PolicySpecifier::SourceIp(hash_policy::SourceIp {})),
+            }],
             ..TcpProxy::default()
         }
     }

@@ -12,7 +12,7 @@ use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
     idle::{self, Copied},
-    upstream::{Wanted, connect::ConnectError},
+    upstream::{Wanted, connect::ConnectError, hash},
     worker::Worker,
 };
 
@@ -62,7 +62,8 @@ async fn carry(
         destination: connection.captured.then_some(connection.destination),
         host: entry.authority.clone(),
         port: None,
-        hash: None,
+        // Only a cluster that balances by hash asks for it.
+        hash: Some(hash::of(connection.source.ip().to_canonical().to_string().as_bytes())),
     };
     let endpoint = match cluster.choose(&wanted, &worker.resolver).await {
         Ok(endpoint) => endpoint,
