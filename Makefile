@@ -6,7 +6,7 @@ SHELL := bash
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
 # tests/conformance/select_cases.py names.
-KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar
+KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar Gateway
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -20,6 +20,7 @@ fn settings() -> Settings {
         transparent: Some(15001),
         http_proxy: Vec::new(),
         bind_ports: None,
+        credentials: None,
         no_snapshot: NoSnapshot::Closed,
         access_log: None,
     }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use portolan_registry::decision::{Rule, Verdict};
-use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request};
+use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_id};
 
 use crate::carry::{self, Carried};
 use crate::config::NoSnapshot;
@@ -110,7 +110,7 @@ impl<H: Host> Vm<H> {
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.route_without_snapshot().map(|()| None);
         };
-        let listener = listener(host)?;
+        let listener = listener(host, snapshot.globals().gateway)?;
         let decision = snapshot.request(&Request { listener, authority: head.authority, connect: head.connect });
         let rule = decision.reason.rule;
         if !matches!(decision.verdict, Verdict::Table { .. }) {
@@ -199,13 +199,19 @@ fn read_head<'h>(host: &impl Host, headers: &'h [u8]) -> Result<Head<'h>, Refusa
     Ok(Head { authority, connect })
 }
 
-/// Where the request came in. Only a loopback address can be that of the proxy port.
-fn listener(host: &impl Host) -> Result<Listener, Refusal> {
+/// Where the request came in. Only a loopback address can be that of the proxy port; the chains of a gateway bear the
+/// names of its servers' virtual hosts.
+fn listener(host: &impl Host, gateway: bool) -> Result<Listener, Refusal> {
     let no_destination = || Refusal::new(503, Cause::NoDestination, "portolan: the host does not say the destination");
     let destination = destination(host).ok_or_else(no_destination)?;
-    let proxy = destination.ip().is_loopback()
-        && host.property("xds\0filter_chain_name").is_some_and(|name| name == PROXY_CHAIN);
-    Ok(if proxy { Listener::Proxy } else { Listener::Captured(destination) })
+    if !gateway && !destination.ip().is_loopback() {
+        return Ok(Listener::Captured(destination));
+    }
+    Ok(match host.property("xds\0filter_chain_name") {
+        Some(name) if name == PROXY_CHAIN => Listener::Proxy,
+        Some(name) if gateway => Listener::Gateway { port: destination.port(), server: server_id(&name) },
+        _ => Listener::Captured(destination),
+    })
 }
 
 pub(crate) fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {

@@ -21,8 +21,8 @@ fn choice(cluster: &str) -> Choice {
 /// HTTP on a.com:80, TLS on a.com:443, TCP on 10.0.0.1:3306, the proxy port for a.com:80; all else as `catch_all`.
 pub(crate) fn rows(catch_all: CatchAll) -> Vec<Row> {
     let http = Some(choice("outbound|80||a.com"));
-    let port80 = HostPort { port: 80, http: http.clone(), sni: None, proxy: http };
-    let port443 = HostPort { port: 443, http: None, sni: Some(choice("outbound|443||a.com")), proxy: None };
+    let port80 = HostPort { port: 80, server: 0, http: http.clone(), sni: None, proxy: http };
+    let port443 = HostPort { port: 443, server: 0, http: None, sni: Some(choice("outbound|443||a.com")), proxy: None };
     vec![
         Row::Globals(Globals { catch_all, gateway: false }),
         Row::Host { pattern: "a.com".parse().unwrap(), ports: vec![port80, port443] },

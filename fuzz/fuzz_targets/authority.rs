@@ -22,7 +22,7 @@ fn snapshot() -> &'static Snapshot {
         for host in ["a.example", "*.w.example"] {
             let winner = Origin { namespace: "default".parse().unwrap(), name: "a".parse().unwrap(), kind: OriginKind::ServiceEntry };
             let choice = Choice { cluster: format!("outbound|80||{host}").parse().unwrap(), routes: None, winner, losers: vec![] };
-            let port = HostPort { port: 80, http: Some(choice.clone()), sni: Some(choice.clone()), proxy: Some(choice) };
+            let port = HostPort { port: 80, server: 0, http: Some(choice.clone()), sni: Some(choice.clone()), proxy: Some(choice) };
             writer.put(&Row::Host { pattern: host.parse().unwrap(), ports: vec![port] }).unwrap();
         }
         writer.commit();

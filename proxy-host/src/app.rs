@@ -50,7 +50,9 @@ const FIRST_SNAPSHOT: Duration = Duration::from_secs(3);
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// Nothing to listen on.
-    #[error("nothing to listen on: give --transparent, --http-proxy, or a mesh file with proxyHttpPort")]
+    #[error(
+        "nothing to listen on: give --transparent, --http-proxy, --role gateway, or a mesh file with proxyHttpPort"
+    )]
     NoListener,
     /// A file that cannot be read.
     #[error("{path}: {error}; check the path and its permissions", path = .path.display())]
@@ -117,6 +119,7 @@ pub struct App {
     pub http_proxies: Vec<SocketAddr>,
     /// Where the admin listener is.
     pub admin: Option<SocketAddr>,
+    gateway: bool,
     stop: watch::Sender<bool>,
     end: watch::Sender<bool>,
     reload: mpsc::UnboundedSender<()>,
@@ -179,7 +182,7 @@ impl App {
         {
             sockets.add(Kind::HttpProxy, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), config.threads)?;
         }
-        if sockets.bound.is_empty() {
+        if sockets.bound.is_empty() && config.identity.role != Role::Gateway {
             return Err(AppError::NoListener);
         }
         let (transparent, http_proxies) =
@@ -230,7 +233,9 @@ impl App {
         }
         let waiting = workers.len();
         let running = waiting;
-        let mut app = Self { transparent, http_proxies, admin, stop, end, reload, reports, workers, waiting, running };
+        let gateway = config.identity.role == Role::Gateway;
+        let mut app =
+            Self { transparent, http_proxies, admin, gateway, stop, end, reload, reports, workers, waiting, running };
         let mut listening = 0;
         while listening < app.workers.len() {
             match app.reports.blocking_recv() {
@@ -302,7 +307,8 @@ impl App {
         let transparent = self.transparent.map(|a| format!("transparent on {a}"));
         let proxies = self.http_proxies.iter().map(|a| format!("HTTP proxy on {a}"));
         let admin = self.admin.map(|a| format!("admin on {a}"));
-        let listeners: Vec<_> = transparent.into_iter().chain(proxies).chain(admin).collect();
+        let gateway = self.gateway.then(|| "the ports of its Gateways".to_owned());
+        let listeners: Vec<_> = gateway.into_iter().chain(transparent).chain(proxies).chain(admin).collect();
         format!("{}, {} worker threads", listeners.join(", "), self.workers.len())
     }
 
@@ -536,6 +542,11 @@ async fn serve(
         let address = address.unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
         let listener = listener::listen(socket).map_err(|error| AppError::Bind { address, error })?;
         exec::spawn(listener::accept(worker.clone(), listener, kind));
+    }
+    if worker.config.identity.role == Role::Gateway {
+        let mut ports = listener::gateway::Ports::default();
+        ports.follow(&worker);
+        exec::spawn(ports.run(worker.clone()));
     }
     say(Report::Listening);
     if !early {

@@ -33,6 +33,9 @@ use crate::{access_log, listener::server::HttpLimits, logging};
   proxy-host --controller http://portolan.istio-system:15010 --namespace shop --transparent 0.0.0.0:15001
       The same with a controller that runs elsewhere.
 
+  proxy-host --config mesh/ --role gateway --namespace istio-system --labels istio=egressgateway
+      A gateway: listens on the ports of the Gateway resources that select these labels.
+
   proxy-host capture --help
       Makes the rules that bring a workload's connections to --transparent.
 
@@ -74,6 +77,9 @@ pub struct Args {
     /// Listen here as an HTTP proxy (absolute form and CONNECT); the mesh's proxyHttpPort is served as well
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
     pub http_proxy: Option<SocketAddr>,
+    /// Folder of the secrets that Gateways name (credentialName): NAME/tls.crt, NAME/tls.key and for clients NAME/ca.crt
+    #[arg(long, value_name = "DIR", help_heading = LISTENERS)]
+    pub credentials: Option<PathBuf>,
     /// Answer here about the proxy itself: /ready, /healthz, /metrics, /config_dump, /clusters, /logging. Whoever can
     /// reach it can read the configuration and change the log's level: keep it on loopback
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
@@ -170,7 +176,8 @@ impl HttpArgs {
 }
 
 const CONFIGURATION: &str = "Configuration (one of --config and --controller)";
-const LISTENERS: &str = "Listeners (at least one; systemd may pass them as transparent, http-proxy, admin)";
+const LISTENERS: &str =
+    "Listeners (at least one, or --role gateway; systemd may pass them as transparent, http-proxy, admin)";
 const WORKLOAD: &str = "The workload, which decides what is visible";
 const OPERATION: &str = "Operation";
 
@@ -179,7 +186,7 @@ const OPERATION: &str = "Operation";
 pub enum Role {
     /// A workload's own proxy.
     Sidecar,
-    /// A gateway.
+    /// A gateway: it listens on the ports of the Gateway resources that select its labels.
     Gateway,
 }
 
@@ -228,6 +235,8 @@ pub struct Config {
     pub http_proxies: Vec<SocketAddr>,
     /// Admin listener.
     pub admin: Option<SocketAddr>,
+    /// Folder of secrets.
+    pub credentials: Option<PathBuf>,
     /// Who the proxy stands for.
     pub identity: Identity,
     /// What clients may ask over HTTP.
@@ -272,6 +281,7 @@ impl Config {
             transparent: None,
             http_proxies: Vec::new(),
             admin: None,
+            credentials: None,
             http: HttpLimits::default(),
             tcp_idle: Duration::from_secs(3600),
             max_connections: usize::MAX,
@@ -304,6 +314,7 @@ impl From<Args> for Config {
         config.transparent = args.transparent;
         config.http_proxies = args.http_proxy.into_iter().collect();
         config.admin = args.admin;
+        config.credentials = args.credentials;
         config.name_servers = args.name_server;
         config.drain = args.drain_time;
         config.http = args.http.limits(Duration::ZERO);

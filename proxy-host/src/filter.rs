@@ -9,6 +9,7 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     rc::{Rc, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -43,10 +44,40 @@ pub struct Connection {
     pub source: SocketAddr,
     /// Where the client was going; on the HTTP proxy listener, the listener.
     pub destination: SocketAddr,
-    /// Came by the transparent listener.
-    pub captured: bool,
+    /// How it came.
+    pub via: Via,
     /// Server name of its `ClientHello`.
     pub server_name: Option<Vec<u8>>,
+}
+
+/// How a connection came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Via {
+    /// By the transparent listener.
+    Captured,
+    /// By an HTTP proxy listener.
+    HttpProxy,
+    /// By a port of a gateway.
+    Gateway {
+        /// Name of the server's filter chain.
+        chain: Arc<str>,
+        /// In TLS that ends here.
+        secure: bool,
+    },
+}
+
+impl Connection {
+    /// Where the client was going, if we know better than that it was to us.
+    #[must_use]
+    pub fn meant_for(&self) -> Option<SocketAddr> {
+        (self.via == Via::Captured).then_some(self.destination)
+    }
+
+    /// What stands before `://` in what the client asks for.
+    #[must_use]
+    pub fn scheme(&self) -> &'static str {
+        if matches!(self.via, Via::Gateway { secure: true, .. }) { "https" } else { "http" }
+    }
 }
 
 impl Properties for Connection {
@@ -60,9 +91,11 @@ impl Properties for Connection {
             [b"source", b"port"] => number(self.source.port().into()),
             [b"connection", b"id"] => number(self.id),
             [b"connection", b"requested_server_name"] => self.server_name.as_deref().map(Cow::Borrowed),
-            [b"xds", b"filter_chain_name"] => {
-                Some(Cow::Borrowed(if self.captured { b"captured" } else { b"http_proxy" }))
-            }
+            [b"xds", b"filter_chain_name"] => Some(Cow::Borrowed(match &self.via {
+                Via::Captured => b"captured",
+                Via::HttpProxy => b"http_proxy",
+                Via::Gateway { chain, .. } => chain.as_bytes(),
+            })),
             _ => None,
         }
     }
@@ -350,7 +383,7 @@ mod tests {
 
     fn connection() -> Rc<Connection> {
         let address = SocketAddr::from(([127, 0, 0, 1], 80));
-        Rc::new(Connection { id: 1, source: address, destination: address, captured: true, server_name: None })
+        Rc::new(Connection { id: 1, source: address, destination: address, via: Via::Captured, server_name: None })
     }
 
     #[tokio::test(flavor = "current_thread", start_paused = true)]

@@ -1,5 +1,7 @@
 //! Headers as Envoy's connection manager and router change them.
 
+use std::net::IpAddr;
+
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
     header::{CONNECTION, CONTENT_TYPE, TE, TRANSFER_ENCODING, UPGRADE},
@@ -30,6 +32,8 @@ pub fn is_method_name(method: &[u8]) -> bool {
 
 /// `x-forwarded-proto`
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// `x-forwarded-for`
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -83,6 +87,26 @@ pub fn prepare(headers: &mut HeaderMap) {
         && let Ok(id) = HeaderValue::from_bytes(&uuid())
     {
         headers.insert(X_REQUEST_ID, id);
+    }
+}
+
+/// Makes a request from outside one of ours, as the Envoy of a gateway does: nobody there gives the proxy orders, or says
+/// who a client is or how it came.
+pub fn from_outside(headers: &mut HeaderMap, client: IpAddr, scheme: &'static str) {
+    let client = client.to_canonical().to_string();
+    let foreign = |name: &&HeaderName| name.as_str().starts_with("x-envoy-") || *name == "x-forwarded-client-cert";
+    let foreign: Vec<HeaderName> = headers.keys().filter(foreign).cloned().collect();
+    for name in foreign {
+        headers.remove(name);
+    }
+    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    let before = headers.get_all(X_FORWARDED_FOR).iter().map(HeaderValue::as_bytes);
+    let all = before.chain([client.as_bytes()]).collect::<Vec<_>>().join(&b","[..]);
+    if let Ok(all) = HeaderValue::from_bytes(&all) {
+        headers.insert(X_FORWARDED_FOR, all);
+    }
+    if let Ok(client) = HeaderValue::from_str(&client) {
+        headers.insert(HeaderName::from_static("x-envoy-external-address"), client);
     }
 }
 

@@ -58,9 +58,9 @@ pub struct Ending {
 #[repr(align(128))]
 pub struct WorkerStats {
     /// Connections accepted, by [`Kind`].
-    pub accepted: [Cell; 2],
+    pub accepted: [Cell; 3],
     /// Connections that are open, by [`Kind`].
-    pub open: [Cell; 2],
+    pub open: [Cell; 3],
     /// Connections refused because there were too many.
     pub over_limit: Cell,
     /// Failures to accept, as for want of descriptors.
@@ -261,6 +261,7 @@ pub fn of(kind: Kind) -> usize {
     match kind {
         Kind::Transparent => 0,
         Kind::HttpProxy => 1,
+        Kind::Gateway => 2,
     }
 }
 

@@ -16,9 +16,9 @@ use crate::{
     config::Config,
     control::{Need, ToWorker},
     dns::Resolver,
-    filter::{Connection, Filter},
+    filter::{Connection, Filter, Via},
     limits::Refusals,
-    listener::plan::Plans,
+    listener::{plan::Plans, termination::Terminations},
     stats::Stats,
     upstream::{Cluster, EndpointReport, Resolved},
 };
@@ -58,6 +58,8 @@ pub struct Worker {
     pub stats: Arc<Stats>,
     /// Refuses connections that are too many.
     pub refusals: Refusals,
+    /// Certificates of a gateway's servers.
+    pub terminations: Terminations,
     index: usize,
     plans: watch::Sender<Arc<Plans>>,
     clusters: RefCell<HashMap<String, Slot>>,
@@ -95,6 +97,7 @@ impl Worker {
         Self {
             stats,
             refusals: Refusals::default(),
+            terminations: Terminations::default(),
             filter,
             resolver: Resolver::new(&config.name_servers),
             log,
@@ -123,11 +126,11 @@ impl Worker {
     }
 
     /// A connection that has just been accepted.
-    pub fn connection(&self, source: SocketAddr, destination: SocketAddr, captured: bool) -> Connection {
+    pub fn connection(&self, source: SocketAddr, destination: SocketAddr, via: Via) -> Connection {
         let number = self.connections.get() + 1;
         self.connections.set(number);
         let id = (self.index as u64) << 48 | number;
-        Connection { id, source, destination, captured, server_name: None }
+        Connection { id, source, destination, via, server_name: None }
     }
 
     /// Counts a connection as open.

@@ -30,7 +30,7 @@ fn row(pattern: &str, name: &str) -> Row {
             losers: vec![],
         };
         let (http, sni) = if port == 80 { (Some(choice.clone()), None) } else { (None, Some(choice.clone())) };
-        HostPort { port, http, sni, proxy: Some(choice) }
+        HostPort { port, server: 0, http, sni, proxy: Some(choice) }
     };
     Row::Host { pattern: pattern.parse().expect("a pattern"), ports: vec![port(80), port(443)] }
 }

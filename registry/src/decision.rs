@@ -183,6 +183,7 @@ impl fmt::Display for OriginRef<'_> {
             OriginKind::ServiceEntry => "ServiceEntry",
             OriginKind::Service => "Service",
             OriginKind::VirtualService => "VirtualService",
+            OriginKind::Gateway => "Gateway",
         };
         write!(f, "{kind} {}/{}", self.namespace, self.name)
     }

@@ -26,6 +26,7 @@ const SNI: u8 = 2;
 const PROXY: u8 = 4;
 const SNI_AS_HTTP: u8 = 8;
 const PROXY_AS_BEFORE: u8 = 16;
+const SERVER: u8 = 32;
 
 /// A choice begins with a byte: the form of its cluster's name, how many lost, and whether the row's first origin won.
 const FORM: u8 = 3;
@@ -171,6 +172,7 @@ impl Out {
                 OriginKind::ServiceEntry => 0,
                 OriginKind::Service => 1,
                 OriginKind::VirtualService => 2,
+                OriginKind::Gateway => 3,
             });
             out.text(&origin.namespace);
             out.text(&origin.name);
@@ -205,8 +207,12 @@ fn host_port(out: &mut Out, port: &HostPort, pattern: &str) {
     let proxy_as_before = port.proxy.is_some() && port.proxy.as_ref() == before;
     flags |= if sni_as_http { SNI_AS_HTTP } else { 0 };
     flags |= if proxy_as_before { PROXY_AS_BEFORE } else { 0 };
+    flags |= if port.server != 0 { SERVER } else { 0 };
     out.bytes.extend_from_slice(&port.port.to_le_bytes());
     out.bytes.push(flags);
+    if port.server != 0 {
+        out.bytes.extend_from_slice(&port.server.to_le_bytes());
+    }
     let own = Some((port.port, pattern));
     let stored = [
         port.http.as_ref(),
@@ -399,7 +405,8 @@ impl<'s> ChoiceRef<'s> {
         let kind = match c.u8()? {
             0 => OriginKind::ServiceEntry,
             1 => OriginKind::Service,
-            _ => OriginKind::VirtualService,
+            2 => OriginKind::VirtualService,
+            _ => OriginKind::Gateway,
         };
         Some(OriginRef { kind, namespace: c.text()?, name: c.text()? })
     }
@@ -444,20 +451,21 @@ impl<'s> Value<'s> {
         Some([first, second])
     }
 
-    /// What a Host row says of a port.
+    /// What a Host row says of a port, and of a server there.
     #[inline]
-    pub(crate) fn host_port(&self, port: u16, wanted: Use) -> Option<ChoiceRef<'s>> {
+    pub(crate) fn host_port(&self, port: u16, server: u32, wanted: Use) -> Option<ChoiceRef<'s>> {
         let mut c = self.rest;
         for _ in 0..c.varint()? {
             let number = u16::from_le_bytes(c.array()?);
             let flags = c.u8()?;
+            let of = if flags & SERVER != 0 { u32::from_le_bytes(c.array()?) } else { 0 };
             let stored = |c: &mut Cursor<'s>, bits: u8, of: u8| {
                 if flags & bits == of { self.choice(c).map(Some) } else { Some(None) }
             };
             let http = stored(&mut c, HTTP, HTTP)?;
             let sni = stored(&mut c, SNI | SNI_AS_HTTP, SNI)?;
             let proxy = stored(&mut c, PROXY | PROXY_AS_BEFORE, PROXY)?;
-            if number == port {
+            if number == port && of == server {
                 let sni = if flags & SNI_AS_HTTP != 0 { http } else { sni };
                 return match wanted {
                     Use::Http => http,

@@ -9,6 +9,7 @@ use crate::authority;
 use crate::decision::{Cluster, Decision, Reason, Rule, Verdict};
 use crate::encode::{self, ChoiceRef, ClusterRef, PortRef, TAG_ADDRESS, TAG_EXACT, TAG_PORT, TAG_PREFIX, TAG_SUFFIX};
 use crate::encode::{Use, Value};
+use crate::hash;
 use crate::name::{self, NameError};
 use crate::routing::Table;
 use crate::row::{CatchAll, Globals};
@@ -35,6 +36,20 @@ pub enum Listener {
     Captured(SocketAddr),
     /// On the HTTP proxy port.
     Proxy,
+    /// On a port of a gateway.
+    Gateway {
+        /// The port.
+        port: u16,
+        /// The server, by [`server_id`].
+        server: u32,
+    },
+}
+
+/// What a server of a gateway is known by: a digest of the name of its virtual hosts, which its filter chain bears.
+pub fn server_id(name: &[u8]) -> u32 {
+    let digest = hash::checksum(0, name);
+    // 0 is that of no server.
+    ((digest >> 32) as u32 ^ digest as u32).max(1)
 }
 
 /// An HTTP request.
@@ -82,7 +97,7 @@ impl Snapshot {
             if let Some(choice) = prefix.prefix_tcp() {
                 return route(Rule::Prefix, port, NO_HOST, choice);
             }
-        } else if let Some((pattern, choice)) = sni.and_then(|name| self.host(name, port, Use::Sni)) {
+        } else if let Some((pattern, choice)) = sni.and_then(|name| self.host(name, port, 0, Use::Sni)) {
             let rule = if pattern.star { Rule::SniWildcard } else { Rule::SniExact };
             return route(rule, port, pattern, choice);
         }
@@ -98,14 +113,15 @@ impl Snapshot {
         let plain = name::is_normal(query.authority);
         let (host, asked_port) = if plain { (query.authority, None) } else { authority::split(query.authority) };
         let mut buffer = None;
-        let (port, wanted) = match query.listener {
-            Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), Use::Proxy),
+        let (port, server, wanted) = match query.listener {
+            Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), 0, Use::Proxy),
+            Listener::Gateway { port, server } => (port, server, Use::Http),
             Listener::Captured(destination) => {
                 let (address, port) = (destination.ip().to_canonical(), destination.port());
                 match self.address(address, port).and_then(|v| v.address()) {
                     Some([Some(http), _]) => return route(Rule::Address, port, NO_HOST, http),
                     Some([None, Some(tcp)]) => return route(Rule::Address, port, NO_HOST, tcp),
-                    _ => (port, Use::Http),
+                    _ => (port, 0, Use::Http),
                 }
             }
         };
@@ -115,7 +131,14 @@ impl Snapshot {
             Err(NameError::Empty) => return self.unknown_request(query.listener),
             Err(_) => return deny(400, Rule::BadName),
         };
-        match self.host(name, port, wanted) {
+        // A gateway's domains have no other form: with a dot behind it, a name is under `*` alone.
+        let dotted = server != 0 && host.ends_with(b".");
+        let found = if dotted {
+            self.under(TAG_SUFFIX, b"", port, server, wanted)
+        } else {
+            self.host(name, port, server, wanted)
+        };
+        match found {
             Some((pattern, choice)) => {
                 let rule = if pattern.star { Rule::HostWildcard } else { Rule::HostExact };
                 route(rule, port, pattern, choice)
@@ -135,6 +158,7 @@ impl Snapshot {
         let globals = self.globals();
         match (globals.catch_all, listener) {
             _ if globals.gateway => deny(404, Rule::NoVirtualHost),
+            (_, Listener::Gateway { .. }) => deny(404, Rule::NoVirtualHost),
             (CatchAll::Block, _) => deny(502, Rule::Blocked),
             (CatchAll::PassThrough, Listener::Captured(_)) => pass(PASSTHROUGH_CLUSTER),
             (CatchAll::DynamicDns, _) | (CatchAll::PassThrough, Listener::Proxy) => pass(DYNAMIC_CLUSTER),
@@ -171,13 +195,17 @@ impl Snapshot {
 
     /// The most specific pattern that means something on this port.
     #[inline]
-    fn host(&self, name: &[u8], port: u16, wanted: Use) -> Option<(Pattern<'_>, ChoiceRef<'_>)> {
-        let under = |tag: u8, key: &[u8]| {
-            let (host, value) = self.find(tag, key)?;
-            let choice = Value::open(value)?.host_port(port, wanted)?;
-            Some((Pattern { star: tag == TAG_SUFFIX, host }, choice))
-        };
+    fn host(&self, name: &[u8], port: u16, server: u32, wanted: Use) -> Option<(Pattern<'_>, ChoiceRef<'_>)> {
+        let under = |tag: u8, key: &[u8]| self.under(tag, key, port, server, wanted);
         under(TAG_EXACT, name).or_else(|| self.summary().suffixes(name).find_map(|suffix| under(TAG_SUFFIX, suffix)))
+    }
+
+    /// What a pattern means on this port.
+    #[inline]
+    fn under(&self, tag: u8, key: &[u8], port: u16, server: u32, wanted: Use) -> Option<(Pattern<'_>, ChoiceRef<'_>)> {
+        let (host, value) = self.find(tag, key)?;
+        let choice = Value::open(value)?.host_port(port, server, wanted)?;
+        Some((Pattern { star: tag == TAG_SUFFIX, host }, choice))
     }
 }
 

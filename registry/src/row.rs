@@ -33,6 +33,8 @@ pub enum OriginKind {
     Service,
     /// `VirtualService`
     VirtualService,
+    /// `Gateway`
+    Gateway,
 }
 
 /// Where a key leads, and why.
@@ -66,6 +68,8 @@ pub const MAX_LOSERS: usize = 3;
 pub struct HostPort {
     /// The port.
     pub port: u16,
+    /// The server of a gateway that the virtual host is of, by [`server_id`](crate::lookup::server_id); else 0.
+    pub server: u32,
     /// Virtual host on the HTTP listener of the port.
     pub http: Option<Choice>,
     /// Filter chain by server name on the wildcard listener of the port, without a destination prefix.
@@ -81,7 +85,7 @@ pub enum Row {
     Host {
         /// The pattern; IP addresses are exact hosts, IPv6 without brackets.
         pattern: HostPattern,
-        /// Ports.
+        /// Ports, and for each its servers.
         ports: Vec<HostPort>,
     },
     /// The listener `address_port`.

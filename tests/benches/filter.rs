@@ -35,7 +35,7 @@ fn row(i: usize) -> Row {
         },
         losers: vec![],
     };
-    let port = HostPort { port: 80, http: Some(choice.clone()), sni: None, proxy: Some(choice) };
+    let port = HostPort { port: 80, server: 0, http: Some(choice.clone()), sni: None, proxy: Some(choice) };
     Row::Host { pattern: pattern.parse().expect("a pattern"), ports: vec![port] }
 }
 

@@ -378,6 +378,8 @@ def probe(p, echo, i):
         if proto == "https":
             x = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             x.check_hostname, x.verify_mode = False, ssl.CERT_NONE
+            if p.get("cert"):
+                x.load_cert_chain(f"{CERTS}/{p['cert']}.pem", f"{CERTS}/{p['cert']}-key.pem")
             s = x.wrap_socket(s, server_hostname=p.get("sni"))
         if proto in ("http", "https", "h2"):
             out["status"], rh, body = (request_h2 if proto == "h2" else request_h1)(s, p, hs)

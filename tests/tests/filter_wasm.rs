@@ -32,7 +32,7 @@ fn choice(cluster: &str) -> Option<Choice> {
 }
 
 fn host(pattern: &str, cluster: &str) -> Row {
-    let port = |port, http, sni| HostPort { port, http, sni, proxy: choice(cluster) };
+    let port = |port, http, sni| HostPort { port, server: 0, http, sni, proxy: choice(cluster) };
     let ports = vec![port(80, choice(cluster), None), port(443, None, choice(cluster))];
     Row::Host { pattern: pattern.parse().expect("a pattern"), ports }
 }

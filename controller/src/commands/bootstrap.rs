@@ -29,6 +29,7 @@ Choose at least one way in; they can be combined:
   --transparent PORT    connections that iptables redirects to PORT, with Istio's own rules
   --bind-ports IP       every port of the registry, bound at IP: for names that resolve to IP, without iptables
   --http-proxy IP:PORT  an HTTP proxy, absolute form and CONNECT; the mesh's proxyHttpPort is served as well
+  --role gateway        the ports of the Gateway resources that select --labels
 
 Each request is decided by filter.wasm, in one VM on each thread of Envoy. Until the first snapshot has come, and if the \
 filter should ever fail, requests are answered with 503 and connections are closed.";
@@ -41,7 +42,11 @@ Examples:
 
   portolan bootstrap envoy --controller portolan.portolan-system:15012 --filter /etc/portolan/filter.wasm \\
       --ca root.pem --cert cert.pem --key key.pem --namespace shop --name cart-7 --labels app=cart \\
-      --ip 10.4.0.7 --transparent 15001";
+      --ip 10.4.0.7 --transparent 15001
+
+  portolan bootstrap envoy --controller portolan.portolan-system:15012 --filter /etc/portolan/filter.wasm \\
+      --ca root.pem --cert cert.pem --key key.pem --namespace istio-system --labels istio=egressgateway \\
+      --ip 10.4.0.9 --role gateway";
 
 /// For a stock Envoy with Portolan's filter
 #[derive(Args)]
@@ -75,6 +80,10 @@ struct Envoy {
     /// Bind every port of the registry at this address
     #[arg(long, value_name = "IP")]
     bind_ports: Option<IpAddr>,
+    /// Folder, where Envoy runs, of the secrets that Gateways name (credentialName): NAME/tls.crt, NAME/tls.key and for
+    /// clients NAME/ca.crt
+    #[arg(long, value_name = "DIR")]
+    credentials: Option<String>,
     /// Be an HTTP proxy at this address; may be given several times
     #[arg(long, value_name = "IP:PORT")]
     http_proxy: Vec<SocketAddr>,
@@ -183,7 +192,8 @@ impl Bootstrap {
 
 impl Envoy {
     fn contents(self) -> Result<Contents, String> {
-        if self.transparent.is_none() && self.bind_ports.is_none() && self.http_proxy.is_empty() {
+        let ways = self.transparent.is_some() || self.bind_ports.is_some() || !self.http_proxy.is_empty();
+        if !ways && self.role == Role::Sidecar {
             eprintln!(
                 "portolan: warning: no way in was chosen (--transparent, --bind-ports, --http-proxy): Envoy will listen \
                  only on the mesh's proxyHttpPort, if that is set"
@@ -212,6 +222,7 @@ impl Envoy {
                 transparent: self.transparent,
                 http_proxy: self.http_proxy,
                 bind_ports: self.bind_ports,
+                credentials: self.credentials,
                 no_snapshot: self.no_snapshot,
                 access_log: self.access_log,
             },

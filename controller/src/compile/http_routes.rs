@@ -9,13 +9,13 @@ use portolan_registry::route::{
     Retry, Route, Subject, Target, TargetExtras, TextMatch,
 };
 
+use super::gateway_servers::resolved;
 use super::rules::expand;
 use super::service::Context;
 use crate::api::virtual_service::{
     self as api, CorsPolicy, Destination, HeaderOperations, HttpMatch, HttpRoute, Percent, RedirectPort, StringMatch,
     UnmatchedPreflights,
 };
-use crate::model::Labels;
 
 /// The gateway that stands for all sidecars.
 pub(crate) const MESH: &str = "mesh";
@@ -40,6 +40,10 @@ pub(crate) struct Place<'p> {
     /// Port of the listener.
     pub(crate) port: u16,
     pub(crate) others: &'p dyn Others,
+    /// The Gateway, by namespace and name; `None` for a sidecar.
+    pub(crate) gateway: Option<&'p str>,
+    /// The server has TLS.
+    pub(crate) tls: bool,
 }
 
 /// The table; empty where no route is for this subscriber and port.
@@ -60,18 +64,24 @@ pub(crate) fn compile<'r>(routes: impl Iterator<Item = &'r HttpRoute>, place: &P
         for wanted in route.matches.iter().filter(|wanted| place.applies(wanted)) {
             let path = wanted.uri.as_ref().map_or(TextMatch::Prefix("/".into()), text);
             let conditions = conditions(wanted);
-            let everything = matches!(&path, TextMatch::Prefix(prefix) if prefix == "/")
-                || matches!(&path, TextMatch::Regex(regex) if regex == ".*");
-            let last = everything && conditions.is_empty();
             let (name, ignore_case) = (named(&wanted.name), wanted.ignore_uri_case);
             let action = action.clone();
-            out.push(Route { name, index, path, ignore_case, conditions, action });
+            let route = Route { name, index, path, ignore_case, conditions, action };
+            let last = takes_all(&route);
+            out.push(route);
             if last {
                 return out;
             }
         }
     }
     out
+}
+
+/// Whether a route takes every request: those behind it are never reached.
+pub(crate) fn takes_all(route: &Route) -> bool {
+    let everything = matches!(&route.path, TextMatch::Prefix(prefix) if prefix == "/")
+        || matches!(&route.path, TextMatch::Regex(regex) if regex == ".*");
+    everything && route.conditions.is_empty()
 }
 
 /// The hosts, in lower case, whose ports bear on the table.
@@ -90,15 +100,6 @@ pub(crate) fn destinations<'r>(
         }
     }
     out
-}
-
-/// Whether conditions on the client's workload hold; a list of gateways takes their place.
-pub(crate) fn is_client(gateways: &[String], labels: &Labels, namespace: &str, cx: &Context) -> bool {
-    if !gateways.is_empty() {
-        return gateways.iter().any(|gateway| gateway == MESH);
-    }
-    labels.iter().all(|(k, v)| cx.scope.labels.get(k) == Some(v))
-        && (namespace.is_empty() || namespace == cx.scope.namespace)
 }
 
 fn text(condition: &StringMatch) -> TextMatch {
@@ -133,8 +134,20 @@ fn conditions(wanted: &HttpMatch) -> Vec<Condition> {
 
 impl Place<'_> {
     fn applies(&self, wanted: &HttpMatch) -> bool {
-        (wanted.port == 0 || wanted.port == u32::from(self.port))
-            && is_client(&wanted.gateways, &wanted.source_labels, &wanted.source_namespace, self.cx)
+        (wanted.port == 0 || wanted.port == u32::from(self.port)) && self.is_client(wanted)
+    }
+
+    /// Whether conditions on the client's workload hold; a list of gateways takes their place.
+    fn is_client(&self, wanted: &HttpMatch) -> bool {
+        if !wanted.gateways.is_empty() {
+            return wanted.gateways.iter().any(|gateway| match self.gateway {
+                None => gateway == MESH,
+                Some(own) => gateway != MESH && resolved(gateway, self.namespace) == own,
+            });
+        }
+        let (labels, namespace) = (&wanted.source_labels, &wanted.source_namespace);
+        labels.iter().all(|(k, v)| self.cx.scope.labels.get(k) == Some(v))
+            && (namespace.is_empty() || *namespace == self.cx.scope.namespace)
     }
 
     /// The cluster of a destination. One without a port has the target's only port, else that of the listener.
@@ -212,7 +225,8 @@ impl Place<'_> {
             (None, Some(RedirectPort::FromRequestPort)) => self.port.into(),
             (None, _) => 0,
         };
-        let scheme = if redirect.scheme.is_empty() { "http" } else { &redirect.scheme };
+        let own = if self.tls { "https" } else { "http" };
+        let scheme = if redirect.scheme.is_empty() { own } else { &redirect.scheme };
         let default = matches!((port, scheme), (80, "http") | (443, "https"));
         Redirect {
             status: if redirect.redirect_code == 0 { 301 } else { redirect.redirect_code },

@@ -50,27 +50,9 @@ impl L4<'_> {
 
     /// A route's destinations, as a table of one route.
     fn choice(&self, one: &Virtual, kind: &str, index: u32, to: &[RouteDestination]) -> Option<Choice> {
-        let namespace = &one.object.meta.namespace;
-        let place = Place { cx: self.cx, namespace, port: self.port, others: self.others };
-        let single = to.len() == 1;
-        let target = |to: &RouteDestination| {
-            let weight = if single { 1 } else { u32::try_from(to.weight).ok().filter(|weight| *weight > 0)? };
-            Some(Target { cluster: place.cluster(to.destination.as_ref()?), weight, extras: None })
-        };
-        let targets: Vec<Target> = to.iter().filter_map(target).collect();
-        if targets.is_empty() {
-            return None;
-        }
-        let route = Route {
-            name: kind.to_owned(),
-            index,
-            path: TextMatch::Present,
-            ignore_case: false,
-            conditions: Vec::new(),
-            action: Action { outcome: Outcome::Forward(targets), extras: None },
-        };
-        let routes = Some(Routes::Inline(vec![route]));
-        Some(Choice { cluster: ClusterName::default(), routes, winner: one.origin(), losers: Vec::new() })
+        let (cx, port, namespace) = (self.cx, self.port, &one.object.meta.namespace);
+        let place = Place { cx, namespace, port, others: self.others, gateway: None, tls: false };
+        choice(&place, one, kind, index, to)
     }
 
     /// The chains of a TLS port in place of the service's own; none: those stand.
@@ -144,6 +126,35 @@ impl L4<'_> {
         }
         (out, own)
     }
+}
+
+/// A route's destinations, as a table of one route.
+pub(crate) fn choice(
+    place: &Place<'_>,
+    one: &Virtual,
+    kind: &str,
+    index: u32,
+    to: &[RouteDestination],
+) -> Option<Choice> {
+    let single = to.len() == 1;
+    let target = |to: &RouteDestination| {
+        let weight = if single { 1 } else { u32::try_from(to.weight).ok().filter(|weight| *weight > 0)? };
+        Some(Target { cluster: place.cluster(to.destination.as_ref()?), weight, extras: None })
+    };
+    let targets: Vec<Target> = to.iter().filter_map(target).collect();
+    if targets.is_empty() {
+        return None;
+    }
+    let route = Route {
+        name: kind.to_owned(),
+        index,
+        path: TextMatch::Present,
+        ignore_case: false,
+        conditions: Vec::new(),
+        action: Action { outcome: Outcome::Forward(targets), extras: None },
+    };
+    let routes = Some(Routes::Inline(vec![route]));
+    Some(Choice { cluster: ClusterName::default(), routes, winner: one.origin(), losers: Vec::new() })
 }
 
 fn subnets(list: &[String]) -> Vec<IpNet> {

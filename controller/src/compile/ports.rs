@@ -156,6 +156,7 @@ impl PortState {
                 })
                 .collect(),
             dials_server_names: dials,
+            gateway: Vec::new(),
         })
     }
 }

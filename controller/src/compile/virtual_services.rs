@@ -35,6 +35,16 @@ impl Virtual {
         Origin { namespace: meta.namespace.clone(), name: meta.name.clone(), kind: OriginKind::VirtualService }
     }
 
+    /// The routes, with those of delegates in place.
+    pub(crate) fn http(&self) -> &[HttpRoute] {
+        &self.http
+    }
+
+    /// Hosts in lower case whose ports its routes may ask for.
+    pub(crate) fn destinations(&self) -> &BTreeSet<String> {
+        &self.destinations
+    }
+
     /// Whether it may bear on the filter chains of a host (in lower case).
     pub(crate) fn is_about(&self, host: &str) -> bool {
         let spec = &self.object.spec;
@@ -182,9 +192,12 @@ impl VirtualServices {
 
     /// What is seen now, and what of it was not seen before or is not any more.
     pub(crate) fn review(&self, cx: &Context) -> (Views, Vec<Arc<Virtual>>) {
-        let list = self.visible(cx);
+        let mesh = |object: &Checked<VirtualService>| {
+            let gateways = &object.spec.gateways;
+            gateways.is_empty() || gateways.iter().any(|gateway| gateway == MESH)
+        };
+        let list = if cx.gateway() { Vec::new() } else { self.visible(cx, &mesh) };
         let views = match &cx.imports {
-            _ if cx.gateway() => Vec::new(),
             None => vec![View::new(None, list)],
             Some(imports) => imports
                 .listeners
@@ -212,14 +225,20 @@ impl VirtualServices {
         self.dirty = false;
     }
 
-    /// Those that a sidecar sees: private ones of its namespace, those exported to it, public ones; each by age and name.
-    fn visible(&self, cx: &Context) -> Vec<Arc<Virtual>> {
+    /// Those that a gateway sees of which one of the Gateways they name is meant, by name and own namespace.
+    pub(crate) fn bound_to(&self, cx: &Context, meant: &dyn Fn(&str, &str) -> bool) -> Vec<Arc<Virtual>> {
+        self.visible(cx, &|object| {
+            let namespace = object.meta.namespace.as_str();
+            object.spec.gateways.iter().any(|name| name != MESH && meant(name, namespace))
+        })
+    }
+
+    /// Those that a subscriber sees, of some: private ones of its namespace, those exported to it, public ones; each by age and name.
+    fn visible(&self, cx: &Context, some: &dyn Fn(&Checked<VirtualService>) -> bool) -> Vec<Arc<Virtual>> {
         let own = cx.scope.namespace.as_str();
         let mut ranked: Vec<(u8, &Arc<Checked<VirtualService>>)> = Vec::new();
         for object in self.objects.values() {
-            let gateways = &object.spec.gateways;
-            let mesh = gateways.is_empty() || gateways.iter().any(|gateway| gateway == MESH);
-            if object.spec.hosts.is_empty() || !mesh {
+            if object.spec.hosts.is_empty() || !some(object) {
                 continue;
             }
             let rank = match reach(object, cx) {
@@ -281,7 +300,8 @@ impl VirtualServices {
             let written = match old.remove(&name) {
                 Some(was) if same(&was) => was,
                 was => {
-                    let place = Place { cx, namespace: &meta.namespace, port, others };
+                    let namespace = &meta.namespace;
+                    let place = Place { cx, namespace, port, others, gateway: None, tls: false };
                     let routes = http_routes::compile(one.http.iter(), &place);
                     let rows = if routes.is_empty() { Vec::new() } else { route::rows(&name, &routes) };
                     let keys: Vec<RowKey> = rows.iter().map(Row::key).collect();
@@ -364,9 +384,6 @@ impl VirtualServices {
 /// What of a VirtualService is not acted on, in words.
 pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
     let mut out = BTreeSet::new();
-    if spec.gateways.iter().any(|gateway| gateway != MESH) {
-        out.insert("gateways other than mesh");
-    }
     for route in &spec.http {
         if route.mirror.is_some() || !route.mirrors.is_empty() {
             out.insert("mirrors, by an Envoy: its clusters remove the order before its router reads it");

@@ -29,12 +29,13 @@ use portolan_proto::envoy::envoy::extensions::retry::host::previous_hosts::v3::P
 use portolan_proto::envoy::envoy::extensions::wasm::v3::{FailurePolicy, PluginConfig, VmConfig, plugin_config};
 use portolan_proto::envoy::envoy::r#type::v3::{FractionalPercent, HashPolicy, hash_policy};
 use portolan_proto::envoy::google::protobuf::{self, StringValue};
+use portolan_proto::v1::GatewayServer;
 use prost::{Message, Name};
 use serde_json::json;
 
 use super::cluster::{dns_cache, filter as http_filter};
 use super::settings::{NoSnapshot, Settings};
-use super::{BLACK_HOLE, any, number, switch};
+use super::{BLACK_HOLE, any, number, server_tls, switch};
 use crate::model::{Role, Scope};
 
 /// The header by which the route chooses the cluster.
@@ -101,7 +102,9 @@ impl Chains {
                 application_protocols: vec!["http/1.1".to_owned(), "h2c".to_owned()],
                 ..FilterChainMatch::default()
             }),
-            filters: vec![self.connection_manager(listener, vec![routed(prefix(), Vec::new())])],
+            filters: vec![
+                self.connection_manager(&format!("outbound_{listener};"), vec![routed(prefix(), Vec::new())]),
+            ],
             ..FilterChain::default()
         }
     }
@@ -117,12 +120,16 @@ impl Chains {
         let routes = vec![routed(matcher, vec![connect]), routed(prefix(), Vec::new())];
         FilterChain {
             name: PROXY_CHAIN.to_owned(),
-            filters: vec![self.connection_manager(listener, routes)],
+            filters: vec![self.connection_manager(&format!("outbound_{listener};"), routes)],
             ..FilterChain::default()
         }
     }
 
-    fn connection_manager(&self, listener: &str, routes: Vec<route::Route>) -> Filter {
+    fn connection_manager(&self, stat_prefix: &str, routes: Vec<route::Route>) -> Filter {
+        filter("envoy.filters.network.http_connection_manager", &self.manager(stat_prefix, routes))
+    }
+
+    fn manager(&self, stat_prefix: &str, routes: Vec<route::Route>) -> HttpConnectionManager {
         let upgrade = |kind: &str| hcm::UpgradeConfig { upgrade_type: kind.to_owned(), ..Default::default() };
         let mut upgrades = vec![upgrade("websocket")];
         if routes.len() > 1 {
@@ -135,8 +142,8 @@ impl Chains {
             include_request_attempt_count: true,
             ..route::VirtualHost::default()
         };
-        let manager = HttpConnectionManager {
-            stat_prefix: format!("outbound_{listener};"),
+        HttpConnectionManager {
+            stat_prefix: stat_prefix.to_owned(),
             // Bodies of any length and pauses of any length, as istiod has it.
             stream_idle_timeout: Some(protobuf::Duration::default()),
             use_remote_address: switch(false),
@@ -156,8 +163,7 @@ impl Chains {
                 ..route::RouteConfiguration::default()
             })),
             ..HttpConnectionManager::default()
-        };
-        filter("envoy.filters.network.http_connection_manager", &manager)
+        }
     }
 
     /// Everything that is not HTTP. `dials`: the server name may be resolved and dialled, at the port that the client
@@ -175,6 +181,37 @@ impl Chains {
         }
         filters.push(filter("envoy.filters.network.tcp_proxy", &self.tcp_proxy(listener)));
         FilterChain { name: "tcp".to_owned(), filters, ..FilterChain::default() }
+    }
+
+    /// A server of a gateway.
+    pub(super) fn server(&self, listener: &str, server: &GatewayServer) -> FilterChain {
+        let mut chain = if server.http {
+            // Clients are strangers: what they say of themselves is not believed, as istiod has it.
+            let manager = HttpConnectionManager {
+                use_remote_address: switch(true),
+                forward_client_cert_details: hcm::ForwardClientCertDetails::SanitizeSet.into(),
+                set_current_client_cert_details: Some(hcm::SetCurrentClientCertDetails {
+                    subject: switch(true),
+                    cert: true,
+                    dns: true,
+                    uri: true,
+                    ..hcm::SetCurrentClientCertDetails::default()
+                }),
+                ..self.manager(&format!("outbound_{listener};"), vec![routed(prefix(), Vec::new())])
+            };
+            let filters = vec![filter("envoy.filters.network.http_connection_manager", &manager)];
+            FilterChain { filters, ..FilterChain::default() }
+        } else {
+            self.tcp(listener, None)
+        };
+        chain.name.clone_from(&server.name);
+        if !server.server_names.is_empty() {
+            let server_names = server.server_names.clone();
+            chain.filter_chain_match = Some(FilterChainMatch { server_names, ..FilterChainMatch::default() });
+        }
+        let folder = self.settings.credentials.as_deref();
+        chain.transport_socket = server.tls.as_ref().map(|tls| server_tls::socket(tls, folder));
+        chain
     }
 
     /// A chain that closes every connection.

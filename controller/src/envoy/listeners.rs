@@ -3,7 +3,7 @@
 //!
 //! A listener is made only where it reads other first bytes than the one that would take its connections otherwise. What
 //! a connection means the filter decides, so there are no more of them than ports, and addresses where a server speaks
-//! first on a port that is sniffed elsewhere.
+//! first on a port that is sniffed elsewhere. A gateway has none of these, but the ports of its servers.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,7 +17,7 @@ use portolan_proto::envoy::envoy::extensions::filters::listener::http_inspector:
 use portolan_proto::envoy::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
 use portolan_proto::envoy::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use portolan_proto::envoy::google::protobuf::Duration;
-use portolan_proto::v1::{Inspection, ListenerPlan};
+use portolan_proto::v1::{GatewayListener, Inspection, ListenerPlan};
 use prost::{Message, Name};
 
 use super::chains::Chains;
@@ -78,7 +78,7 @@ impl Renderer {
         else {
             return Vec::new();
         };
-        let mut out = Vec::new();
+        let mut out: Vec<Listener> = plan.gateway.iter().map(|listener| self.gateway(listener, port)).collect();
         let at = |ip: &IpAddr| format!("{ip}_{port}");
         if let (Some(ip), Some(inspection)) = (self.settings.bind_ports, &plan.wildcard) {
             out.push(self.listener(&at(&ip), &[ip], port, true, inspection, Some(plan)));
@@ -101,6 +101,20 @@ impl Renderer {
                 out.push(self.listener(&at(&ip), &[ip], port, false, &inspection, None));
             }
         }
+        out
+    }
+
+    /// A gateway's listener: a chain for each server. What no chain takes is closed.
+    fn gateway(&self, listener: &GatewayListener, port: u16) -> Listener {
+        let own = listener.bind.parse().ok();
+        let ips = own.map_or_else(|| self.wildcards.clone(), |ip| vec![ip]);
+        let name = format!("{}_{port}", ips.first().unwrap_or(&IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
+        let mut out = blank(&name, &ips, port, true);
+        if listener.inspects {
+            let tls = inspector("envoy.filters.listener.tls_inspector", &TlsInspector::default());
+            out.listener_filters.push(tls);
+        }
+        out.filter_chains = listener.servers.iter().map(|server| self.chains.server(&name, server)).collect();
         out
     }
 

@@ -39,6 +39,9 @@ pub struct Settings {
     /// Address on which each port of the registry is really bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bind_ports: Option<IpAddr>,
+    /// Folder of the secrets that Gateways name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<String>,
     /// What to do before there is a snapshot.
     #[serde(default)]
     pub no_snapshot: NoSnapshot,

@@ -90,6 +90,11 @@ pub fn virtual_service(name: &str, spec: &str) -> Object {
     Object::VirtualService(Arc::new(checked(name, spec)))
 }
 
+/// A Gateway from the YAML of its spec.
+pub fn gateway(name: &str, spec: &str) -> Object {
+    Object::Gateway(Arc::new(checked(name, spec)))
+}
+
 fn checked<S: Decode>(name: &str, spec: &str) -> Checked<S> {
     let (name, created) = name.split_once('@').map_or((name, 0), |(n, c)| (n, c.parse().unwrap()));
     let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
@@ -149,9 +154,7 @@ pub fn world(objects: impl IntoIterator<Item = Object>) -> World {
 }
 
 pub fn world_of(objects: impl IntoIterator<Item = Object>, mesh: MeshConfig) -> World {
-    let (compiler, update) = compile(objects, scope(), mesh);
-    let snapshot = opened(&compiler);
-    World { compiler, update, snapshot }
+    World::of(objects, scope(), mesh)
 }
 
 pub fn opened(compiler: &Compiler) -> Snapshot {
@@ -165,6 +168,12 @@ pub fn opened(compiler: &Compiler) -> Snapshot {
 }
 
 impl World {
+    pub fn of(objects: impl IntoIterator<Item = Object>, scope: Scope, mesh: MeshConfig) -> World {
+        let (compiler, update) = compile(objects, scope, mesh);
+        let snapshot = opened(&compiler);
+        World { compiler, update, snapshot }
+    }
+
     pub fn http(&self, destination: &str, authority: &str) -> String {
         let listener = Listener::Captured(destination.parse().unwrap());
         said(&self.snapshot.request(&Request { listener, authority: authority.as_bytes(), connect: false }))

@@ -438,6 +438,83 @@ pub struct ListenerPlan {
     /// names before they choose the cluster.
     #[prost(bool, tag = "5")]
     pub dials_server_names: bool,
+    /// A gateway's listeners of this port, one for each address: they are bound, and there are no others.
+    #[prost(message, repeated, tag = "6")]
+    pub gateway: ::prost::alloc::vec::Vec<GatewayListener>,
+}
+/// A port of a gateway at one address, or at all.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GatewayListener {
+    /// Address to bind; empty for all of them.
+    #[prost(string, tag = "1")]
+    pub bind: ::prost::alloc::string::String,
+    /// What listens there. By its server name a TLS connection goes to the one that names it, exact before the longest
+    /// wildcard, else to one that names none; without TLS it goes to the one without.
+    #[prost(message, repeated, tag = "2")]
+    pub servers: ::prost::alloc::vec::Vec<GatewayServer>,
+    /// Read a TLS ClientHello for its server name. False: the server may speak first.
+    #[prost(bool, tag = "3")]
+    pub inspects: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GatewayServer {
+    /// Name of the filter chain, by which the filter knows the server's virtual hosts.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// HTTP after any TLS; false: bytes.
+    #[prost(bool, tag = "2")]
+    pub http: bool,
+    /// Server names, as `a.example.com` or `*.example.com`; empty for any, and for connections without TLS.
+    #[prost(string, repeated, tag = "3")]
+    pub server_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// TLS that is ended here. Absent: the filter decides by the server name, if the client sent one.
+    #[prost(message, optional, tag = "4")]
+    pub tls: ::core::option::Option<ServerTls>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServerTls {
+    /// Certificates to choose from by what the client can; at least one.
+    #[prost(message, repeated, tag = "1")]
+    pub certificates: ::prost::alloc::vec::Vec<ServerCertificate>,
+    /// Authorities of clients' certificates: a file (PEM), or where `ca_of_secret` is set the name of a secret.
+    #[prost(string, tag = "2")]
+    pub ca: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub ca_of_secret: bool,
+    /// A client must show a certificate of `ca`.
+    #[prost(bool, tag = "4")]
+    pub client_required: bool,
+    /// Names of which a client's certificate must have one; none: no matter.
+    #[prost(string, repeated, tag = "5")]
+    pub client_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Lowest and highest version, as Envoy numbers them (3: 1.2, 4: 1.3); 0: the default.
+    #[prost(uint32, tag = "6")]
+    pub min_version: u32,
+    #[prost(uint32, tag = "7")]
+    pub max_version: u32,
+    /// Names of ciphers in OpenSSL's spelling; none: the default.
+    #[prost(string, repeated, tag = "8")]
+    pub ciphers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Protocols to agree on (ALPN).
+    #[prost(string, repeated, tag = "9")]
+    pub protocols: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Revocations of clients' certificates: a file (PEM).
+    #[prost(string, tag = "10")]
+    pub revocations: ::prost::alloc::string::String,
+    /// A client's certificate is taken whoever has signed it; without this and without `ca` none is asked for.
+    #[prost(bool, tag = "11")]
+    pub any_client: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServerCertificate {
+    /// Files (PEM).
+    #[prost(string, tag = "1")]
+    pub certificate: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    /// In place of files: the name of a secret, which the host finds as files in a folder of that name.
+    #[prost(string, tag = "3")]
+    pub secret: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AddressListener {

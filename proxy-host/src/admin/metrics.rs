@@ -113,7 +113,7 @@ pub(super) async fn text(admin: &Admin) -> Result<String, fmt::Error> {
 fn traffic(admin: &Admin, families: &mut Families) {
     let stats = &admin.stats;
     let by_kind = |cell: fn(&stats::WorkerStats, usize) -> &stats::Cell| {
-        [(Kind::Transparent, "transparent"), (Kind::HttpProxy, "http_proxy")]
+        [(Kind::Transparent, "transparent"), (Kind::HttpProxy, "http_proxy"), (Kind::Gateway, "gateway")]
             .map(|(kind, name)| (vec![("listener", name.to_owned())], stats.sum(|w| cell(w, stats::of(kind)))))
             .to_vec()
     };

@@ -24,7 +24,7 @@ use crate::{
     access_log::Entry,
     body::{Received, ResponseBody},
     exec,
-    filter::{Connection, HttpVerdict, Stream},
+    filter::{Connection, HttpVerdict, Stream, Via},
     flags,
     headers::{self, authority_parts},
     idle::{self, Copied},
@@ -37,7 +37,6 @@ use crate::{
 
 /// The header by which the one route chooses its cluster.
 const CLUSTER: HeaderName = HeaderName::from_static("x-portolan-cluster");
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
 /// The connection that a request came over.
@@ -126,7 +125,7 @@ async fn answer(
     };
     exchange.entry.decision = stream.decision();
     let name = head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
-    let Some(name) = name.filter(|_| !(method == Method::CONNECT && connection.captured)) else {
+    let Some(name) = name.filter(|_| method != Method::CONNECT || connection.via == Via::HttpProxy) else {
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
     };
@@ -146,7 +145,7 @@ async fn answer(
         Box::pin(tokio::time::sleep(delay)).await;
     }
     let (host, port) = authority_parts(head.authority.as_ref());
-    let destination = connection.captured.then_some(connection.destination);
+    let destination = connection.meant_for();
     let hash = orders.hash.as_ref().map(|value| hash::of(value.as_bytes()));
     let wanted = Wanted { destination, host, port, hash };
     let answered = if method == Method::CONNECT {
@@ -220,6 +219,10 @@ impl Exchange {
         } else {
             None
         };
+        let connection = &self.from.connection;
+        if let Via::Gateway { .. } = connection.via {
+            headers::from_outside(&mut parts.headers, connection.source.ip(), connection.scheme());
+        }
         headers::prepare(&mut parts.headers);
         let protocol = if http2 { "HTTP/2" } else { "HTTP/1.1" };
         if logged {
@@ -227,7 +230,7 @@ impl Exchange {
             self.entry.request = Some((parts.method.to_string(), path.to_owned(), protocol));
             self.entry.authority = shown(authority.as_ref());
             let header = |name: HeaderName| shown(parts.headers.get(name));
-            self.entry.headers = [header(X_FORWARDED_FOR), header(USER_AGENT), header(headers::X_REQUEST_ID)];
+            self.entry.headers = [header(headers::X_FORWARDED_FOR), header(USER_AGENT), header(headers::X_REQUEST_ID)];
         } else {
             // Enough to be counted as a request.
             self.entry.request = Some((String::new(), String::new(), protocol));
@@ -243,7 +246,7 @@ impl Exchange {
         };
         let head = RequestHead {
             method: parts.method.clone(),
-            scheme: Some(HeaderValue::from_static("http")),
+            scheme: Some(HeaderValue::from_static(self.from.connection.scheme())),
             authority,
             path,
             headers: std::mem::take(&mut parts.headers),

@@ -2,6 +2,7 @@
 
 pub mod calm;
 pub mod frames;
+pub mod gateway;
 pub mod guard;
 pub mod http;
 pub mod plan;
@@ -11,6 +12,7 @@ pub mod server;
 pub mod sniff;
 pub mod strict;
 pub mod tcp;
+pub mod termination;
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
@@ -18,7 +20,7 @@ use bytes::BytesMut;
 use futures_util::FutureExt as _;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
-    io::AsyncReadExt as _,
+    io::{AsyncRead, AsyncReadExt as _},
     net::{TcpListener, TcpStream},
     sync::watch,
     time::Sleep,
@@ -26,6 +28,7 @@ use tokio::{
 
 use crate::{
     exec,
+    filter::Via,
     limits::{self, Place},
     stats::{self, DownstreamOpen},
     worker::{Opened, Worker},
@@ -46,6 +49,8 @@ pub enum Kind {
     Transparent,
     /// Requests of clients that know us as their proxy.
     HttpProxy,
+    /// Connections to a gateway's servers.
+    Gateway,
 }
 
 /// What an open connection counts as, for as long as anything of it goes on.
@@ -144,6 +149,7 @@ fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind) 
         match kind {
             Kind::Transparent => captured(worker, stream, source, open).await,
             Kind::HttpProxy => http_proxy(worker, stream, source, open).await,
+            Kind::Gateway => gateway::serve(worker, stream, source, open).await,
         }
     });
 }
@@ -161,7 +167,7 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, ope
         }
     };
     let entry = worker.plans().entry(destination);
-    let mut connection = worker.connection(source, destination, true);
+    let mut connection = worker.connection(source, destination, Via::Captured);
     let time = worker.config.http.header_time;
     let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, entry.inspection, time).await else { return };
     match sniffed {
@@ -178,7 +184,7 @@ async fn captured(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, ope
 
 async fn http_proxy(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, open: Rc<Open>) {
     let Ok(own) = stream.local_addr() else { return };
-    let connection = Rc::new(worker.connection(source, canonical(own), false));
+    let connection = Rc::new(worker.connection(source, canonical(own), Via::HttpProxy));
     let Some((http2, client)) = version(worker.stop.clone(), stream, worker.config.http.header_time).await else {
         return;
     };
@@ -214,19 +220,23 @@ pub(crate) async fn version(
     time: Duration,
 ) -> Option<(bool, Rewind)> {
     let mut read = BytesMut::new();
-    let http2 = read_until(stop, &mut stream, &mut read, time, |read| match read.len() {
-        0 => None,
-        length if length < sniff::H2_PREFACE.len() && sniff::H2_PREFACE.starts_with(read) => None,
-        _ => Some(read.starts_with(sniff::H2_PREFACE)),
-    });
-    let http2 = http2.await?.unwrap_or(false);
+    let http2 = read_until(stop, &mut stream, &mut read, time, is_http2).await?.unwrap_or(false);
     Some((http2, Rewind::new(read.freeze(), stream)))
 }
 
+/// Whether the bytes begin as HTTP/2 does; `None`: more of them are needed.
+fn is_http2(read: &[u8]) -> Option<bool> {
+    match read.len() {
+        0 => None,
+        length if length < sniff::H2_PREFACE.len() && sniff::H2_PREFACE.starts_with(read) => None,
+        _ => Some(read.starts_with(sniff::H2_PREFACE)),
+    }
+}
+
 /// Reads until something is found, which is `None` where that takes too long after the first byte.
-async fn read_until<T>(
+async fn read_until<T, S: AsyncRead + Unpin>(
     mut stop: watch::Receiver<bool>,
-    stream: &mut TcpStream,
+    stream: &mut S,
     read: &mut BytesMut,
     time: Duration,
     find: impl Fn(&[u8]) -> Option<T>,

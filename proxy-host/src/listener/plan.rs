@@ -8,6 +8,8 @@ use std::{
 use ipnet::IpNet;
 use portolan_proto::v1;
 
+use super::gateway::GatewayListener;
+
 /// Which first bytes a listener reads.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Inspection {
@@ -46,6 +48,8 @@ pub struct PortPlan {
     wildcard: Option<Inspection>,
     tcp_prefixes: Vec<IpNet>,
     addresses: HashMap<IpAddr, Inspection>,
+    /// Of a gateway: what is to be bound.
+    pub gateway: Vec<GatewayListener>,
 }
 
 impl PortPlan {
@@ -64,7 +68,8 @@ impl PortPlan {
         let tcp_prefixes = (message.tcp_prefixes.iter())
             .map(|prefix| prefix.parse().map_err(|_| PlanError::Prefix(prefix.clone())))
             .collect::<Result<_, _>>()?;
-        Ok((port, Self { wildcard: message.wildcard.as_ref().map(inspection), tcp_prefixes, addresses }))
+        let gateway = message.gateway.iter().map(GatewayListener::read).collect::<Result<_, _>>()?;
+        Ok((port, Self { wildcard: message.wildcard.as_ref().map(inspection), tcp_prefixes, addresses, gateway }))
     }
 }
 
@@ -86,6 +91,24 @@ impl Plans {
             }
         }
         Entry { inspection: self.0.get(&0).and_then(|plan| plan.wildcard).unwrap_or_default(), tcp: false }
+    }
+}
+
+impl Plans {
+    /// The gateway's listener that a connection to this address of the proxy came by: one of that address, else one of
+    /// all.
+    #[must_use]
+    pub fn gateway(&self, own: SocketAddr) -> Option<&GatewayListener> {
+        let here = &self.0.get(&own.port())?.gateway;
+        let bound = |wanted: Option<IpAddr>| here.iter().find(|listener| listener.bind == wanted);
+        bound(Some(own.ip().to_canonical())).or_else(|| bound(None))
+    }
+
+    /// Where a gateway listens; `all` stands for all addresses.
+    pub fn gateway_addresses(&self, all: IpAddr) -> impl Iterator<Item = SocketAddr> {
+        let listeners =
+            self.0.iter().flat_map(|(port, plan)| plan.gateway.iter().map(move |listener| (port, listener)));
+        listeners.map(move |(port, listener)| SocketAddr::new(listener.bind.unwrap_or(all), *port))
     }
 }
 

@@ -59,7 +59,7 @@ async fn carry(
         }
     };
     let wanted = Wanted {
-        destination: connection.captured.then_some(connection.destination),
+        destination: connection.meant_for(),
         host: entry.authority.clone(),
         port: None,
         // Only a cluster that balances by hash asks for it.
@@ -85,7 +85,7 @@ async fn carry(
         }
     };
     let time = cluster.spec().options.tcp_idle.unwrap_or(worker.config.tcp_idle);
-    let ended = if let Some(socket) = upstream.socket() {
+    let ended = if let Some(socket) = upstream.socket().filter(|_| !client.is_secure()) {
         let moved = Moved::default();
         let read = client.take_read();
         let relayed = pin!(relay(Socket::Tcp(client.stream()), read, socket, &moved));

@@ -47,7 +47,7 @@ pub struct Tls {
 
 /// Files that make no TLS.
 #[derive(Debug, thiserror::Error)]
-enum TlsError {
+pub(crate) enum TlsError {
     #[error("{}: {error}", path.display())]
     File { path: PathBuf, error: rustls::pki_types::pem::Error },
     #[error("{}: no certificate in it", .0.display())]
@@ -97,11 +97,11 @@ impl Connector {
     }
 }
 
-fn stamp(path: Option<&Path>) -> Option<SystemTime> {
+pub(crate) fn stamp(path: Option<&Path>) -> Option<SystemTime> {
     path.and_then(|path| path.metadata().ok()).and_then(|metadata| metadata.modified().ok())
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |error| TlsError::File { path: path.to_owned(), error };
     let all = CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
     if all.is_empty() { Err(TlsError::Empty(path.to_owned())) } else { Ok(all) }
@@ -198,7 +198,7 @@ impl ServerCertVerifier for Verifier {
 }
 
 /// Whether a certificate is for one of these names: DNS names, URIs or addresses, without the subject's common name.
-fn has_name(certificate: &CertificateDer<'_>, names: &[String]) -> bool {
+pub(crate) fn has_name(certificate: &CertificateDer<'_>, names: &[String]) -> bool {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return false };
     let held = certificate.extensions().iter().filter_map(|extension| match extension.parsed_extension() {
         ParsedExtension::SubjectAlternativeName(held) => Some(&held.general_names),

@@ -1,0 +1,226 @@
+//! Ports of a gateway: they come and go with the listener plans, and a connection is read as its server wants it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use portolan_proto::v1;
+use tokio::{net::TcpStream, task::AbortHandle};
+
+use super::{
+    Kind, Open, canonical, http, inspect, is_http2,
+    plan::{Inspection, PlanError},
+    read_until,
+    rewind::Rewind,
+    sniff::Sniffed,
+    tcp,
+    termination::Settings,
+};
+use crate::{filter::Via, worker::Worker};
+
+/// Time between two attempts to bind what could not be bound.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What listens at one address, or at all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewayListener {
+    /// The address; `None` for all.
+    pub bind: Option<IpAddr>,
+    /// A `ClientHello` is read for its server name.
+    inspects: bool,
+    servers: Vec<Server>,
+}
+
+/// A server of a gateway.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Server {
+    /// Name of the filter chain.
+    name: Arc<str>,
+    http: bool,
+    /// Server names in lower case, some with a star before the first dot; none: any.
+    names: Vec<String>,
+    tls: Option<Arc<Settings>>,
+}
+
+impl GatewayListener {
+    /// Reads the message.
+    ///
+    /// # Errors
+    /// An address that is none.
+    pub fn read(message: &v1::GatewayListener) -> Result<Self, PlanError> {
+        let bind = match message.bind.as_str() {
+            "" => None,
+            address => Some(address.parse().map_err(|_| PlanError::Address(address.to_owned()))?),
+        };
+        let server = |server: &v1::GatewayServer| Server {
+            name: server.name.as_str().into(),
+            http: server.http,
+            names: server.server_names.iter().map(|name| name.to_ascii_lowercase()).collect(),
+            tls: server.tls.as_ref().map(|tls| Arc::new(Settings::read(tls))),
+        };
+        Ok(Self { bind, inspects: message.inspects, servers: message.servers.iter().map(server).collect() })
+    }
+
+    /// The server of a connection that asks for this name, as Envoy finds a filter chain: the name itself, else the
+    /// longest wildcard, else one that names none.
+    fn server(&self, name: Option<&[u8]>) -> Option<&Server> {
+        let name = name.map(<[u8]>::to_ascii_lowercase).unwrap_or_default();
+        let rank = |pattern: &String| match pattern.strip_prefix('*') {
+            None => (pattern.as_bytes() == name).then_some(usize::MAX),
+            Some(suffix) => (name.len() > suffix.len() && name.ends_with(suffix.as_bytes())).then_some(suffix.len()),
+        };
+        let named = self.servers.iter().filter_map(|s| Some((s.names.iter().filter_map(rank).max()?, s)));
+        let best = named.max_by_key(|(rank, _)| *rank).map(|(_, server)| server);
+        best.or_else(|| self.servers.iter().find(|server| server.names.is_empty()))
+    }
+}
+
+/// The addresses that one worker has bound for a gateway.
+#[derive(Default)]
+pub struct Ports {
+    bound: HashMap<SocketAddr, AbortHandle>,
+    /// Those that could not be, which has been said.
+    failed: HashSet<SocketAddr>,
+}
+
+impl Ports {
+    /// Binds what the plans ask for, and leaves what they do not. Connections that are open go on.
+    pub fn follow(&mut self, worker: &Rc<Worker>) {
+        let v6 = worker.config.identity.ips.iter().any(IpAddr::is_ipv6);
+        let all = if v6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
+        let wanted: HashSet<SocketAddr> = worker.plans().gateway_addresses(all).collect();
+        worker.terminations.forget();
+        self.bound.retain(|address, task| {
+            let stays = wanted.contains(address);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        self.failed.retain(|address| wanted.contains(address));
+        for address in wanted {
+            if self.bound.contains_key(&address) {
+                continue;
+            }
+            match super::bind(address).and_then(super::listen) {
+                Ok(listener) => {
+                    self.failed.remove(&address);
+                    let task = tokio::task::spawn_local(super::accept(worker.clone(), listener, Kind::Gateway));
+                    self.bound.insert(address, task.abort_handle());
+                }
+                Err(error) => {
+                    if self.failed.insert(address) {
+                        tracing::error!(%address, "a gateway's port cannot be listened on: {error}; trying again");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Follows the plans until the process is to end.
+    pub async fn run(mut self, worker: Rc<Worker>) {
+        let (mut plans, mut stop) = (worker.plans_changed(), worker.stop.clone());
+        plans.mark_unchanged();
+        loop {
+            let again = !self.failed.is_empty();
+            tokio::select! {
+                changed = plans.changed() => if changed.is_err() {
+                    return;
+                },
+                () = tokio::time::sleep(AGAIN), if again => {}
+                _ = stop.wait_for(|stop| *stop) => return,
+            }
+            self.follow(&worker);
+        }
+    }
+}
+
+/// Serves one connection to a gateway's port.
+pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, open: Rc<Open>) {
+    let Ok(own) = stream.local_addr().map(canonical) else { return };
+    let plans = worker.plans();
+    let Some(listener) = plans.gateway(own) else { return };
+    let time = worker.config.http.header_time;
+    let inspection = Inspection { tls: listener.inspects, http: false };
+    let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, inspection, time).await else { return };
+    let name = match sniffed {
+        Sniffed::Tls(name) => name,
+        _ => None,
+    };
+    let Some(server) = listener.server(name.as_deref()) else {
+        tracing::debug!(%source, %own, "no server of the gateway has this name");
+        return tcp::reset(&client);
+    };
+    let via = Via::Gateway { chain: server.name.clone(), secure: server.tls.is_some() };
+    let mut connection = worker.connection(source, own, via);
+    connection.server_name = name;
+    let connection = Rc::new(connection);
+    let Some(tls) = &server.tls else {
+        if !server.http {
+            return tcp::proxy(&worker, connection, client).await;
+        }
+        let Some((http2, client)) = version(&worker, client).await else { return };
+        return http::serve(worker, connection, client, http2, open).await;
+    };
+    let (tls, http) = (tls.clone(), server.http);
+    drop(plans);
+    let Some(client) = worker.terminations.accept(&tls, client, &worker).await else { return };
+    if !http {
+        return tcp::proxy(&worker, connection, Rewind::secure(bytes::Bytes::new(), client)).await;
+    }
+    if client.get_ref().1.alpn_protocol().is_some_and(|agreed| agreed == b"h2") {
+        return http::serve(worker, connection, Rewind::secure(bytes::Bytes::new(), client), true, open).await;
+    }
+    let mut client = client;
+    let mut read = BytesMut::new();
+    let http2 = read_until(worker.stop.clone(), &mut client, &mut read, time, is_http2).await;
+    let Some(http2) = http2 else { return };
+    let client = Rewind::secure(read.freeze(), client);
+    http::serve(worker, connection, client, http2.unwrap_or(false), open).await;
+}
+
+/// Whether a client speaks HTTP/2, of which bytes may have been read already.
+async fn version(worker: &Worker, mut client: Rewind) -> Option<(bool, Rewind)> {
+    let mut read = BytesMut::from(client.take_read());
+    let time = worker.config.http.header_time;
+    let http2 = read_until(worker.stop.clone(), &mut client, &mut read, time, is_http2).await?;
+    Some((http2.unwrap_or(false), client.with_read(read.freeze())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listener(servers: &[(&str, &[&str])]) -> GatewayListener {
+        let server = |(name, names): &(&str, &[&str])| v1::GatewayServer {
+            name: (*name).into(),
+            server_names: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..v1::GatewayServer::default()
+        };
+        let servers = servers.iter().map(server).collect();
+        GatewayListener::read(&v1::GatewayListener { servers, ..v1::GatewayListener::default() }).unwrap()
+    }
+
+    #[test]
+    fn a_server_is_found_by_its_name_then_by_the_longest_wildcard() {
+        let listener =
+            listener(&[("com", &["*.com"]), ("a", &["a.com", "A.org"]), ("deep", &["*.b.com"]), ("any", &[])]);
+        for (name, server) in
+            [("a.com", "a"), ("a.ORG", "a"), ("x.b.com", "deep"), ("b.com", "com"), (".com", "any"), ("a.net", "any")]
+        {
+            assert_eq!(&*listener.server(Some(name.as_bytes())).unwrap().name, server, "{name}");
+        }
+        assert_eq!(&*listener.server(None).unwrap().name, "any");
+    }
+
+    #[test]
+    fn without_a_server_for_any_name_a_connection_goes_nowhere() {
+        let listener = listener(&[("a", &["a.com"])]);
+        assert!(listener.server(None).is_none() && listener.server(Some(b"b.com")).is_none());
+    }
+}
