@@ -119,8 +119,8 @@ def load(to, host, requests, connections=8):
                 raise SystemExit(f"{host} on port {to} was refused under load")
 
 
-def native():
-    """One listener, one route, one cluster: what Envoy costs without us."""
+def native(ours):
+    """The same Envoy with one listener, one route as istiod has it, and one cluster: what it costs without us."""
     cluster = {"name": "origin", "type": "STATIC", "load_assignment": {"cluster_name": "origin", "endpoints": [{"lb_endpoints": [
         {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port("origin")}}}}]}]}}
     manager = {
@@ -130,8 +130,12 @@ def native():
             "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": True, "routes": [
             {"match": {"prefix": "/"}, "route": {"cluster": "origin", "timeout": "0s", "retry_policy": {
-                "retry_on": "connect-failure,refused-stream,unavailable,cancelled", "num_retries": 2}}}]}]}}
-    return {"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port("native admin")}}},
+                "retry_on": "connect-failure,refused-stream,unavailable,cancelled", "num_retries": 2,
+                "host_selection_retry_max_attempts": 5, "retry_host_predicate": [{
+                    "name": "envoy.retry_host_predicates.previous_hosts", "typed_config": {"@type": "type.googleapis.com/envoy"
+                        ".extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"}}]}}}]}]}}
+    return {**{key: ours[key] for key in ("overload_manager", "deferred_stat_options")},
+            "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port("native admin")}}},
             "static_resources": {"clusters": [cluster], "listeners": [{
                 "name": "native", "address": {"socket_address": {"address": ADDRESS, "port_value": port("native")}},
                 "filter_chains": [{"filters": [{"name": "hcm", "typed_config": manager}]}]}]}}
@@ -158,14 +162,14 @@ def main():
                                "--admin", f"127.0.0.1:{port('admin')}", "--log-level", "error")
             bootstrap = subprocess.run(
                 [PORTOLAN, "bootstrap", "envoy", "--plaintext", "--controller", f"127.0.0.1:{port('serve')}", "--filter", WASM,
-                 "--bind-ports", ADDRESS, "--admin", f"127.0.0.1:{port('envoy admin')}"], check=True, capture_output=True)
-            with open(f"{folder}/envoy.yaml", "wb") as f:
+                 "--output", "json", "--bind-ports", ADDRESS, "--admin", f"127.0.0.1:{port('envoy admin')}"], check=True, capture_output=True)
+            with open(f"{folder}/envoy.json", "wb") as f:
                 f.write(bootstrap.stdout)
-            with open(f"{folder}/native.yaml", "w") as f:
-                json.dump(native(), f)
+            with open(f"{folder}/native.json", "w") as f:
+                json.dump(native(json.loads(bootstrap.stdout)), f)
             options = ["--use-dynamic-base-id", "-l", "error", "--concurrency"]
-            envoy = start(ENVOY, "-c", f"{folder}/envoy.yaml", *options, 1)
-            plain = start(ENVOY, "-c", f"{folder}/native.yaml", *options, 1)
+            envoy = start(ENVOY, "-c", f"{folder}/envoy.json", *options, 1)
+            plain = start(ENVOY, "-c", f"{folder}/native.json", *options, 1)
             last = f"host-{ENTRIES - 1}.example.com"
             until(last, 200)
             print(f"{ENTRIES} entries: {time.monotonic() - begun:.2f} s from nothing to the first right answer", flush=True)

@@ -12,6 +12,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cluster;
+use crate::compile::needs::Needs;
 use crate::compile::{Compiler, Conflict, Update};
 use crate::distinctions::Distinctions;
 use crate::model::Kind;
@@ -47,6 +48,8 @@ pub struct Published {
     pub plans: BTreeMap<u16, Arc<ListenerPlan>>,
     /// The mesh's `proxyHttpPort`.
     pub proxy_http_port: Option<u16>,
+    /// What routes need of an Envoy's configuration.
+    pub needs: Arc<Needs>,
 }
 
 impl Published {
@@ -384,8 +387,8 @@ impl ScopeState {
                 None => drop(plans.remove(port)),
             }
         }
-        let digest = self.compiler.digest();
-        self.published = Arc::new(Published { version, pages, digest, plans, ..*held });
+        let (digest, needs) = (self.compiler.digest(), self.compiler.needs().clone());
+        self.published = Arc::new(Published { version, pages, digest, plans, needs, ..*held });
     }
 }
 
@@ -397,5 +400,6 @@ fn whole(version: u64, compiler: &Compiler) -> Published {
         digest: compiler.digest(),
         plans: compiler.plans().iter().map(|(port, plan)| (*port, Arc::new(plan.clone()))).collect(),
         proxy_http_port: compiler.proxy_http_port(),
+        needs: compiler.needs().clone(),
     }
 }

@@ -1,7 +1,9 @@
 //! Which listeners an Envoy gets for which plans.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use portolan_controller::compile::needs::Needs;
 use portolan_controller::envoy::listeners::{Renderer, all};
 use portolan_controller::envoy::settings::{NoSnapshot, Settings};
 use portolan_controller::model::Scope;
@@ -151,6 +153,25 @@ fn the_same_plan_gives_the_same_bytes() {
         listeners.values().map(Message::encode_to_vec).collect::<Vec<_>>()
     };
     assert_eq!(bytes(), bytes());
+}
+
+#[test]
+fn what_no_route_needs_is_not_there() {
+    let text_of = |needs: &Needs| {
+        let mut renderer = Renderer::new(&settings(), &Scope::default(), "test");
+        renderer.suit(&Arc::new(needs.clone()));
+        let listeners = all(&renderer, &[plan(0, TCP), plan(80, HTTP)], None);
+        listeners["0.0.0.0_80"].filter_chains[0].filters.iter().map(text).collect::<String>()
+    };
+    let routes = |text: &str| text.matches("x-envoy-fault-delay-request").count();
+    let plain = text_of(&Needs::default());
+    assert_eq!((routes(&plain), plain.contains("envoy.filters.http.fault")), (1, false));
+    assert!(text_of(&Needs { delays: true, ..Needs::default() }).contains("envoy.filters.http.fault"));
+    assert_eq!(routes(&text_of(&Needs { retries: true, ..Needs::default() })), 2);
+    let mirrors = [vec!["outbound|80||a".to_owned(), "outbound|80||b".to_owned()], vec!["outbound|80||b".to_owned()]];
+    let mirrored = text_of(&Needs { retries: true, mirrors: mirrors.into(), ..Needs::default() });
+    assert_eq!(routes(&mirrored), 6);
+    assert_eq!(mirrored.matches("outbound|80||a,outbound|80||b").count(), 2, "the header that chooses it, twice");
 }
 
 /// What a chain's typed configurations hold, as bytes: enough to find a string in.

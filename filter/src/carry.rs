@@ -11,14 +11,17 @@ use crate::host::{Answer, Host, Result};
 use crate::http::set_cluster;
 use crate::request::Headers;
 
-/// The header by which the host's route chooses where copies go.
+/// The header by which the host's route chooses where copies go: names of clusters, separated by commas.
 pub const MIRROR_HEADER: &str = "x-portolan-mirror";
 /// The header by whose value the host keeps requests together.
 pub const HASH_HEADER: &str = "x-portolan-hash";
+/// The header by which it chooses not to retry by its own conditions.
+pub const RETRY_POLICY_HEADER: &str = "x-portolan-retry";
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
 const TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-timeout-ms";
 const TRY_TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-per-try-timeout-ms";
 const RETRY_HEADER: &str = "x-envoy-retry-on";
+const RETRY_GRPC_HEADER: &str = "x-envoy-retry-grpc-on";
 const STATUSES_HEADER: &str = "x-envoy-retriable-status-codes";
 const RETRIES_HEADER: &str = "x-envoy-max-retries";
 const ORIGINAL_PATH: &str = "x-envoy-original-path";
@@ -178,33 +181,43 @@ fn forward(
 
 /// Timeouts, retries and mirrors. What the application ordered itself comes first, as it does in Envoy.
 fn orders(host: &impl Host, request: &Headers<'_>, extras: &Extras) -> Result {
-    let number = |name: &str, value: u32| match request.header(name) {
-        None => host.replace_request_header(name, value.to_string().as_bytes()),
-        Some(_) => Ok(()),
-    };
-    if extras.timeout_ms > 0 {
-        number(TIMEOUT_HEADER, extras.timeout_ms)?;
+    number(host, request, TIMEOUT_HEADER, extras.timeout_ms)?;
+    if let Some(retry) = &extras.retry {
+        retries(host, request, retry)?;
     }
-    if let Some(Retry { attempts, on, statuses, per_try_ms }) = &extras.retry {
-        number(RETRIES_HEADER, *attempts)?;
-        if *per_try_ms > 0 {
-            number(TRY_TIMEOUT_HEADER, *per_try_ms)?;
-        }
-        for (name, ours) in [(RETRY_HEADER, on), (STATUSES_HEADER, statuses)] {
-            let value = match request.header(name) {
-                _ if ours.is_empty() => continue,
-                None => ours.clone().into_bytes(),
-                Some(theirs) => [&theirs, &b","[..], ours.as_bytes()].concat(),
-            };
-            host.replace_request_header(name, &value)?;
-        }
+    // In one value: of several an Envoy's route sees the first.
+    let mirrors: Vec<&str> = extras.mirrors.iter().filter(|m| hits(m.share)).map(|m| m.cluster.as_str()).collect();
+    match mirrors.as_slice() {
+        [] => Ok(()),
+        some => host.replace_request_header(MIRROR_HEADER, some.join(",").as_bytes()),
     }
-    let mut mirrors = extras.mirrors.iter().filter(|mirror| hits(mirror.share));
-    if let Some(first) = mirrors.next() {
-        host.replace_request_header(MIRROR_HEADER, first.cluster.as_bytes())?;
+}
+
+/// Says a number that is not 0, unless the application does.
+fn number(host: &impl Host, request: &Headers<'_>, name: &str, value: u32) -> Result {
+    match request.header(name) {
+        None if value > 0 => host.replace_request_header(name, value.to_string().as_bytes()),
+        _ => Ok(()),
     }
-    // An Envoy knows the first only.
-    mirrors.try_for_each(|mirror| host.add_request_header(MIRROR_HEADER, mirror.cluster.as_bytes()))
+}
+
+fn retries(host: &impl Host, request: &Headers<'_>, retry: &Retry) -> Result {
+    let Retry { attempts, on, statuses, per_try_ms } = retry;
+    if retry.replaces() {
+        host.replace_request_header(RETRY_POLICY_HEADER, b"own")?;
+    }
+    number(host, request, RETRIES_HEADER, *attempts)?;
+    number(host, request, TRY_TIMEOUT_HEADER, *per_try_ms)?;
+    // Envoy knows some conditions under one header and some under the other, and skips those that it does not know.
+    for (name, ours) in [(RETRY_HEADER, on), (RETRY_GRPC_HEADER, on), (STATUSES_HEADER, statuses)] {
+        let value = match request.header(name) {
+            _ if ours.is_empty() => continue,
+            None => ours.clone().into_bytes(),
+            Some(theirs) => [&theirs, &b","[..], ours.as_bytes()].concat(),
+        };
+        host.replace_request_header(name, &value)?;
+    }
+    Ok(())
 }
 
 /// An address without the port behind it.

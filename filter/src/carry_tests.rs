@@ -137,23 +137,35 @@ fn orders_to_the_host_and_those_of_the_application() {
     let mut vm = vm(forward(extras));
     let ours = vec![
         set("x-envoy-upstream-rq-timeout-ms", "1500"),
+        set("x-portolan-retry", "own"),
         set("x-envoy-max-retries", "3"),
         set("x-envoy-upstream-rq-per-try-timeout-ms", "20"),
         set("x-envoy-retry-on", "5xx"),
+        set("x-envoy-retry-grpc-on", "5xx"),
         set("x-envoy-retriable-status-codes", "418"),
-        set("x-portolan-mirror", "m"),
-        Call::Add("x-portolan-mirror".into(), b"n".to_vec()),
+        set("x-portolan-mirror", "m,n"),
     ];
     assert_eq!(ask(&mut vm, "/p", &[]), on(ours));
     let theirs = [("x-envoy-upstream-rq-timeout-ms", "9"), ("x-envoy-max-retries", "1"), ("x-envoy-retry-on", "reset")];
     let joined = vec![
+        set("x-portolan-retry", "own"),
         set("x-envoy-upstream-rq-per-try-timeout-ms", "20"),
         set("x-envoy-retry-on", "reset,5xx"),
+        set("x-envoy-retry-grpc-on", "5xx"),
         set("x-envoy-retriable-status-codes", "418"),
-        set("x-portolan-mirror", "m"),
-        Call::Add("x-portolan-mirror".into(), b"n".to_vec()),
+        set("x-portolan-mirror", "m,n"),
     ];
     assert_eq!(ask(&mut vm, "/p", &theirs), on(joined));
+}
+
+#[test]
+fn no_attempts_are_no_policy_and_no_conditions_leave_the_hosts_own() {
+    let asked = |attempts| {
+        let extras = Extras { retry: Some(Retry { attempts, ..Retry::default() }), ..Extras::default() };
+        ask(&mut vm(forward(extras)), "/p", &[])
+    };
+    assert_eq!(asked(0), on(vec![set("x-portolan-retry", "own")]));
+    assert_eq!(asked(4), on(vec![set("x-envoy-max-retries", "4")]));
 }
 
 #[test]

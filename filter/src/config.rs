@@ -10,6 +10,8 @@
 //! | `locality` | `region/zone/subzone` | the node's locality |
 //! | `no_snapshot` | `closed`: refuse until there is a snapshot; `open`: let pass | `closed` |
 //! | `report_decisions` | whether to say why each request or connection was decided as it was, for an access log | false |
+//! | `destination_header` | whether the host says where each request came in, whatever a client says: in the header
+//! `x-portolan-destination`, its address and port or `proxy`. It costs less than to ask the host | false |
 //! | `subscriber` | name in the controller's log | node id and root context |
 
 use std::collections::BTreeMap;
@@ -76,6 +78,8 @@ pub struct Config {
     pub no_snapshot: NoSnapshot,
     /// Whether to set [`DECISION`](crate::host::DECISION).
     pub report_decisions: bool,
+    /// Whether the host sets [`DESTINATION_HEADER`](crate::http::DESTINATION_HEADER).
+    pub destination_header: bool,
     /// Name in the controller's log.
     pub subscriber: Option<String>,
 }
@@ -111,6 +115,7 @@ impl Config {
             locality: text(&mut fields, "locality")?,
             no_snapshot: no_snapshot.unwrap_or_default(),
             report_decisions: flag(&mut fields, "report_decisions")?,
+            destination_header: flag(&mut fields, "destination_header")?,
             subscriber: text(&mut fields, "subscriber")?,
         };
         match fields.keys().next() {
@@ -252,7 +257,7 @@ mod tests {
     fn every_field_is_read() {
         let json =
             br#"{"controller":"c","namespace":"n","labels":{"app":"a"},"role":"gateway","ips":["10.0.0.1","::1"],
-            "locality":"r/z","no_snapshot":"open","report_decisions":true,"subscriber":"s"}"#;
+            "locality":"r/z","no_snapshot":"open","report_decisions":true,"destination_header":true,"subscriber":"s"}"#;
         let config = Config::parse(json).unwrap();
         let scope = config.scope(&Fake::default()).unwrap();
         let expected = Scope {
@@ -264,6 +269,7 @@ mod tests {
         };
         assert_eq!(scope, expected);
         assert_eq!((config.controller.as_str(), config.no_snapshot), ("c", NoSnapshot::Open));
+        assert!(config.destination_header && !Config::parse(b"").unwrap().destination_header);
         assert!(config.report_decisions && !Config::parse(b"").unwrap().report_decisions);
         assert_eq!(config.subscriber(&Fake::default(), 1), "s");
     }

@@ -161,8 +161,12 @@ pub const DECISION: &str = "portolan.decision";
 
 /// Where the connection goes: its original destination if it was captured, the local address otherwise.
 pub fn destination(host: &impl Host) -> Option<SocketAddr> {
-    let bytes = host.property("destination\0address")?;
-    let address: SocketAddr = std::str::from_utf8(&bytes).ok()?.parse().ok()?;
+    address(&host.property("destination\0address")?)
+}
+
+/// An address and port as hosts write them.
+pub(crate) fn address(bytes: &[u8]) -> Option<SocketAddr> {
+    let address: SocketAddr = std::str::from_utf8(bytes).ok()?.parse().ok()?;
     // A dual-stack socket shows IPv4 as ::ffff:1.2.3.4.
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }

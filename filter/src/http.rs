@@ -8,13 +8,19 @@ use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_i
 use crate::carry::{self, Carried};
 use crate::config::NoSnapshot;
 use crate::host::pairs::Pairs;
-use crate::host::{Action, Answer, Host, Level, Status, destination, printable};
+use crate::host::{Action, Answer, Host, Level, Status, address, destination, printable};
 use crate::metrics::{Cause, Kind, Outcome};
 use crate::request::Headers;
 use crate::vm::{self, Vm};
 
 /// The header by which the host's route chooses its cluster.
 pub const CLUSTER_HEADER: &str = "x-portolan-cluster";
+
+/// The header by which the host says where a request came in, if the configuration promises that: its address and port,
+/// or [`PROXY`]. What a client says there the host has replaced.
+pub const DESTINATION_HEADER: &str = "x-portolan-destination";
+/// It came to the HTTP proxy.
+const PROXY: &[u8] = b"proxy";
 
 /// Name of the host's filter chain that takes HTTP proxy requests.
 const PROXY_CHAIN: &[u8] = b"http_proxy";
@@ -67,6 +73,8 @@ impl From<Status> for Refusal {
 struct Head<'h> {
     authority: &'h [u8],
     connect: bool,
+    /// Where it came in, as the host says by [`DESTINATION_HEADER`].
+    destination: Option<&'h [u8]>,
 }
 
 impl<H: Host> Vm<H> {
@@ -105,12 +113,17 @@ impl<H: Host> Vm<H> {
     /// Says where the request goes, or how it is answered.
     fn route_request(&mut self, context: u32) -> Result<Option<Box<Answer>>, Refusal> {
         let headers = self.host.request_headers()?;
-        let head = read_head(&self.host, &headers)?;
-        let Vm { host, subscription, metrics, log_level, report, room, patterns, pending, .. } = &mut *self;
+        let head = read_head(&self.host, &headers, self.destination_header)?;
+        let Vm { host, subscription, metrics, log_level, report, destination_header, room, patterns, pending, .. } =
+            &mut *self;
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.route_without_snapshot().map(|()| None);
         };
-        let listener = listener(host, snapshot.globals().gateway)?;
+        let told = *destination_header && !snapshot.globals().gateway;
+        let listener = if told { told_by(head.destination) } else { asked(host, snapshot.globals().gateway) };
+        let no_destination =
+            || Refusal::new(503, Cause::NoDestination, "portolan: the host does not say the destination");
+        let listener = listener.ok_or_else(no_destination)?;
         let decision = snapshot.request(&Request { listener, authority: head.authority, connect: head.connect });
         let rule = decision.reason.rule;
         if !matches!(decision.verdict, Verdict::Table { .. }) {
@@ -177,11 +190,12 @@ impl<H: Host> Vm<H> {
 }
 
 /// Finds what the decision needs, and removes what a client must not say.
-fn read_head<'h>(host: &impl Host, headers: &'h [u8]) -> Result<Head<'h>, Refusal> {
+fn read_head<'h>(host: &impl Host, headers: &'h [u8], told: bool) -> Result<Head<'h>, Refusal> {
     let malformed = |_| Refusal::new(503, Cause::HostFailure, "portolan: the host's headers cannot be read");
     let no_authority = || Refusal::new(400, Cause::NoAuthority, "portolan: the request does not name one host");
     let mut authority: Option<&[u8]> = None;
     let mut connect = false;
+    let mut destination: Option<&[u8]> = None;
     for pair in Pairs::new(headers).map_err(malformed)? {
         let (name, value) = pair.map_err(malformed)?;
         match name.first() {
@@ -191,23 +205,34 @@ fn read_head<'h>(host: &impl Host, headers: &'h [u8]) -> Result<Head<'h>, Refusa
                 }
             }
             Some(b':') if name == b":method" => connect = value == b"CONNECT",
+            // Of two there would be one that the host did not set: neither counts.
+            Some(b'x') if told && name == DESTINATION_HEADER.as_bytes() => {
+                destination = if destination.is_none() { Some(value) } else { Some(b"") };
+            }
             Some(b'x' | b'X') if is_control(name) => host.remove_request_header(name)?,
             _ => {}
         }
     }
     let authority = authority.ok_or_else(no_authority)?;
-    Ok(Head { authority, connect })
+    Ok(Head { authority, connect, destination })
 }
 
-/// Where the request came in. Only a loopback address can be that of the proxy port; the chains of a gateway bear the
-/// names of its servers' virtual hosts.
-fn listener(host: &impl Host, gateway: bool) -> Result<Listener, Refusal> {
-    let no_destination = || Refusal::new(503, Cause::NoDestination, "portolan: the host does not say the destination");
-    let destination = destination(host).ok_or_else(no_destination)?;
-    if !gateway && !destination.ip().is_loopback() {
-        return Ok(Listener::Captured(destination));
+/// Where the request came in, as the host's header says.
+fn told_by(destination: Option<&[u8]>) -> Option<Listener> {
+    match destination? {
+        PROXY => Some(Listener::Proxy),
+        captured => address(captured).map(Listener::Captured),
     }
-    Ok(match host.property("xds\0filter_chain_name") {
+}
+
+/// The same, as the host's properties say. Only a loopback address can be that of the proxy port; the chains of a gateway
+/// bear the names of its servers' virtual hosts.
+fn asked(host: &impl Host, gateway: bool) -> Option<Listener> {
+    let destination = destination(host)?;
+    if !gateway && !destination.ip().is_loopback() {
+        return Some(Listener::Captured(destination));
+    }
+    Some(match host.property("xds\0filter_chain_name") {
         Some(name) if name == PROXY_CHAIN => Listener::Proxy,
         Some(name) if gateway => Listener::Gateway { port: destination.port(), server: server_id(&name) },
         _ => Listener::Captured(destination),

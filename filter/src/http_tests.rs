@@ -70,6 +70,34 @@ fn the_proxy_port_is_known_by_loopback_and_chain() {
 }
 
 #[test]
+fn a_host_that_promises_to_says_by_a_header_where_a_request_came_in() {
+    let mut vm = ready(CatchAll::Block);
+    vm.destination_header = true;
+    let mut ask = |values: &[&'static [u8]]| {
+        let mut headers: Vec<(&[u8], &[u8])> = vec![(b":authority", b"a.com")];
+        headers.extend(values.iter().map(|value| (DESTINATION_HEADER.as_bytes(), *value)));
+        // The property says otherwise, and is not asked.
+        request(&mut vm, "127.0.0.1:1", &headers)
+    };
+    let unknown = || refused(503, "portolan_no_destination", "portolan: the host does not say the destination");
+    assert_eq!(ask(&[b"192.0.2.1:80"]), routed("outbound|80||a.com"));
+    assert_eq!(ask(&[b"proxy"]), routed("outbound|80||a.com"));
+    assert_eq!(ask(&[b"192.0.2.1:81"]).0, Action::Pause);
+    for values in [&[][..], &[b"".as_slice()], &[b"PROXY".as_slice()], &[b"192.0.2.1:80".as_slice(), b"proxy"]] {
+        assert_eq!(ask(values), unknown(), "{values:?}");
+    }
+}
+
+#[test]
+fn every_plugin_of_a_vm_must_promise_it() {
+    let mut vm = configured(br#"{"namespace":"n","destination_header":true}"#);
+    assert!(vm.destination_header);
+    *vm.host.configuration.borrow_mut() = CONFIGURATION.to_vec();
+    assert!(vm.on_configure(ROOT + 1));
+    assert!(!vm.destination_header);
+}
+
+#[test]
 fn a_request_must_name_one_host() {
     let mut vm = ready(CatchAll::PassThrough);
     let body = "portolan: the request does not name one host";

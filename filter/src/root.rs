@@ -53,6 +53,7 @@ impl<H: Host> Vm<H> {
         let unchanged = self.roots.get(&context).is_some_and(same);
         self.roots.insert(context, root);
         self.report = self.roots.values().any(|root| root.config.report_decisions);
+        self.destination_header = self.roots.values().all(|root| root.config.destination_header);
         match self.stream {
             None => self.take_over(context),
             Some(stream) if stream.root == context && !unchanged => {

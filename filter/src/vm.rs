@@ -26,6 +26,8 @@ pub struct Vm<H> {
     pub(crate) metrics: Metrics,
     /// Whether some root wants decisions reported.
     pub(crate) report: bool,
+    /// Whether the host says by a header where each request came in, for every root.
+    pub(crate) destination_header: bool,
     /// The least level that the host writes.
     pub(crate) log_level: u32,
     /// Room to write a cluster's name in, kept for the next one.
@@ -46,6 +48,7 @@ impl<H: Host> Vm<H> {
             stream: None,
             metrics: Metrics::default(),
             report: false,
+            destination_header: false,
             log_level: Level::Info as u32,
             room: Vec::new(),
             patterns: Patterns::default(),

@@ -142,6 +142,8 @@ pub struct Orders {
     pub hash: Option<HeaderValue>,
     /// Clusters that get a copy.
     pub mirrors: Vec<String>,
+    /// It is not retried on the conditions that hold otherwise.
+    pub own_retries: bool,
 }
 
 /// Removes what is between the filter and this proxy, so that none of it leaves.
@@ -151,10 +153,12 @@ pub fn take_orders(headers: &mut HeaderMap) -> Orders {
         match own.as_str() {
             "x-portolan-mirror" => {
                 let all = headers.get_all(&own).iter();
-                orders.mirrors.extend(all.filter_map(|name| name.to_str().ok().map(str::to_owned)));
+                let names = all.filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(','));
+                orders.mirrors.extend(names.map(str::to_owned));
                 headers.remove(own);
             }
             "x-portolan-hash" => orders.hash = headers.remove(own),
+            "x-portolan-retry" => orders.own_retries = headers.remove(own).is_some(),
             _ => {
                 headers.remove(own);
             }
@@ -256,12 +260,14 @@ mod tests {
 
     #[test]
     fn nothing_between_us_and_the_filter_leaves() {
-        let mut headers =
-            map(&[("x-portolan-mirror", "c"), ("x-portolan-any", "d"), ("x-porto", "e"), ("x-portolan-hash", "h")]);
+        let ours = ["mirror", "any", "hash", "retry"].map(|name| (format!("x-portolan-{name}"), name));
+        let mut headers = map(&[("x-porto", "e")]);
+        headers
+            .extend(ours.map(|(name, value)| (name.parse::<HeaderName>().unwrap(), HeaderValue::from_static(value))));
         let orders = take_orders(&mut headers);
         assert_eq!(headers, map(&[("x-porto", "e")]));
-        let hash = Some(HeaderValue::from_static("h"));
-        assert_eq!(orders, Orders { hash, mirrors: vec!["c".into()] });
+        let hash = Some(HeaderValue::from_static("hash"));
+        assert_eq!(orders, Orders { hash, mirrors: vec!["mirror".into()], own_retries: true });
     }
 
     #[test]

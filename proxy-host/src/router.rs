@@ -19,6 +19,7 @@ use crate::{
     access_log::Entry,
     body::{Received, RequestBody},
     flags,
+    headers::Orders,
     listener::{guard::Control, http::target},
     replay::Held,
     stats,
@@ -52,8 +53,8 @@ pub struct Outgoing {
     pub received: Rc<Received>,
     /// It is a gRPC call.
     pub grpc: bool,
-    /// Clusters that get a copy.
-    pub mirrors: Vec<String>,
+    /// What the filter says of it.
+    pub orders: Orders,
     /// Who waits for a 100 of the upstream's.
     pub expects: Option<Arc<Control>>,
 }
@@ -160,12 +161,12 @@ pub async fn send(
     entry: &mut Entry,
 ) -> Result<Answered, Failure> {
     let http2 = speaks_http2(cluster, client);
-    let Outgoing { mut head, body, received, grpc, mirrors, expects } = outgoing;
+    let Outgoing { mut head, body, received, grpc, orders: Orders { mirrors, own_retries, .. }, expects } = outgoing;
     if http2 && let Some(control) = &expects {
         // hyper does not say what an HTTP/2 server said before its answer.
         control.go_on();
     }
-    let policy = Policy::take(&mut head.headers, grpc);
+    let policy = Policy::take(&mut head.headers, grpc, own_retries);
     if policy.repeats || policy.timeout.is_some() || !mirrors.is_empty() {
         let body = Held::new(body, received);
         for mirror in mirrors {

@@ -177,7 +177,7 @@ pub enum PathRewrite {
 /// Retries; absent fields leave the host's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Retry {
-    /// How many.
+    /// How many; with 0 the host's own conditions do not hold either.
     pub attempts: u32,
     /// Conditions, as Envoy's `x-envoy-retry-on` takes them; empty for the host's own.
     pub on: String,
@@ -185,6 +185,13 @@ pub struct Retry {
     pub statuses: String,
     /// Milliseconds for each try; 0 for none.
     pub per_try_ms: u32,
+}
+
+impl Retry {
+    /// Whether the host's own conditions for retries do not hold.
+    pub fn replaces(&self) -> bool {
+        self.attempts == 0 || !self.on.is_empty()
+    }
 }
 
 /// Faults. Shares are in millionths.

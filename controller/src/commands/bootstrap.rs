@@ -1,6 +1,7 @@
 //! `portolan bootstrap envoy`
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -41,8 +42,8 @@ Examples:
   envoy -c envoy.yaml --concurrency 2
 
   portolan bootstrap envoy --controller portolan.portolan-system:15012 --filter /etc/portolan/filter.wasm \\
-      --ca root.pem --cert cert.pem --key key.pem --namespace shop --name cart-7 --labels app=cart \\
-      --ip 10.4.0.7 --transparent 15001
+      --ca root.pem --cert cert.pem --key key.pem --secrets /run/envoy --namespace shop --name cart-7 \\
+      --labels app=cart --ip 10.4.0.7 --transparent 15001
 
   portolan bootstrap envoy --controller portolan.portolan-system:15012 --filter /etc/portolan/filter.wasm \\
       --ca root.pem --cert cert.pem --key key.pem --namespace istio-system --labels istio=egressgateway \\
@@ -67,6 +68,10 @@ struct Envoy {
     /// Its private key (PEM)
     #[arg(long, value_name = "FILE", requires = "cert")]
     key: Option<String>,
+    /// Write to this folder which files hold the certificates, for Envoy to read them again when they are replaced
+    /// [without it: only when Envoy starts]
+    #[arg(long, value_name = "DIR", requires = "ca")]
+    secrets: Option<PathBuf>,
     /// DNS name or SPIFFE URI that the controller's certificate must have [default: the host in --controller]
     #[arg(long, value_name = "NAME", requires = "ca")]
     controller_name: Option<String>,
@@ -168,8 +173,16 @@ impl Bootstrap {
     pub fn run(self) -> ExitCode {
         let Proxy::Envoy(envoy) = self.proxy;
         let output = envoy.output;
-        let contents = match envoy.contents() {
-            Ok(contents) => contents.to_json(),
+        let secrets = envoy.secrets.clone();
+        let contents = envoy.contents();
+        let written = contents.and_then(|contents| {
+            if let (Some(folder), Some(tls)) = (&secrets, &contents.tls) {
+                write_secrets(folder, tls)?;
+            }
+            Ok(contents.to_json())
+        });
+        let contents = match written {
+            Ok(contents) => contents,
             Err(error) => {
                 eprintln!("portolan: {error}");
                 return ExitCode::from(2);
@@ -190,6 +203,18 @@ impl Bootstrap {
     }
 }
 
+/// Writes the files that name the certificates, each whole or not at all.
+fn write_secrets(folder: &Path, tls: &ControllerTls) -> Result<(), String> {
+    let failed = |at: &Path, error: std::io::Error| format!("--secrets: {}: {error}", at.display());
+    std::fs::create_dir_all(folder).map_err(|error| failed(folder, error))?;
+    for (name, secrets) in tls.secret_files() {
+        let (path, new) = (folder.join(&name), folder.join(format!(".{name}.new")));
+        std::fs::write(&new, format!("{secrets:#}\n")).map_err(|error| failed(&new, error))?;
+        std::fs::rename(&new, &path).map_err(|error| failed(&path, error))?;
+    }
+    Ok(())
+}
+
 impl Envoy {
     fn contents(self) -> Result<Contents, String> {
         let ways = self.transparent.is_some() || self.bind_ports.is_some() || !self.http_proxy.is_empty();
@@ -202,10 +227,14 @@ impl Envoy {
         if self.namespace.is_empty() || self.namespace.contains(['~', '.', '/']) {
             return Err(format!("--namespace {:?} is not the name of a namespace", self.namespace));
         }
+        // Envoy may be started elsewhere than this command.
+        let absolute = |folder: PathBuf| std::path::absolute(&folder).map_err(|error| format!("--secrets: {error}"));
+        let secrets = self.secrets.map(absolute).transpose()?.map(|folder| folder.to_string_lossy().into_owned());
         let tls = self.ca.map(|ca| ControllerTls {
             ca,
             name: self.controller_name.unwrap_or_else(|| self.controller.0.clone()),
             own: self.cert.zip(self.key),
+            secrets,
         });
         Ok(Contents {
             kind: if self.role == Role::Gateway { "router" } else { "sidecar" },

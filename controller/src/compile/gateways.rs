@@ -17,6 +17,7 @@ use super::gateway_servers::{Class, Merged, Server, merge, resolved};
 use super::gateway_tls;
 use super::http_routes::{self, Others, Place};
 use super::l4_routes;
+use super::needs::Needs;
 use super::service::Context;
 use super::virtual_services::{Virtual, VirtualServices};
 use crate::api::gateway::{Gateway, ServerTlsMode};
@@ -41,6 +42,8 @@ pub(crate) struct Gateways {
     destinations: BTreeSet<String>,
     /// Rows as they were written.
     pub(crate) written: BTreeMap<RowKey, Row>,
+    /// What their routes need.
+    pub(crate) needs: Arc<Needs>,
 }
 
 /// What Gateways come to.
@@ -50,6 +53,7 @@ pub(crate) struct Compiled {
     pub(crate) plans: BTreeMap<u16, ListenerPlan>,
     /// Servers that found their place taken: what was asked for, who has it, and who does not get it.
     pub(crate) refused: Vec<(String, Origin, Origin)>,
+    needs: Needs,
 }
 
 impl Gateways {
@@ -108,6 +112,9 @@ impl Gateways {
             out.rows.insert(row.key(), row);
         }
         out.refused = refused;
+        if *self.needs != out.needs {
+            self.needs = Arc::new(std::mem::take(&mut out.needs));
+        }
         self.destinations = destinations;
         self.dirty = false;
         out
@@ -312,6 +319,7 @@ impl<'w> Work<'w> {
                 let (last, first): (Vec<Route>, Vec<Route>) = all.partition(http_routes::takes_all);
                 first.into_iter().chain(last).collect()
             };
+            self.out.needs.add(&Needs::of(&routes));
             for row in route::rows(&name, &routes) {
                 self.out.rows.insert(row.key(), row);
             }

@@ -12,6 +12,7 @@ mod gateway_tls;
 pub mod gateways;
 mod http_routes;
 mod l4_routes;
+pub mod needs;
 mod ports;
 mod rows;
 pub mod rules;
@@ -32,6 +33,7 @@ use portolan_registry::write::{self, PageId, Writer};
 use self::chains::{Around, Group};
 use self::gateways::Gateways;
 use self::http_routes::Others;
+use self::needs::Needs;
 use self::ports::PortState;
 use self::rules::Rules;
 use self::service::{Context, Member, Source, group_key, kube_host};
@@ -669,6 +671,11 @@ impl Compiler {
     /// Listener plans, by port; 0 is the catch-all.
     pub fn plans(&self) -> &BTreeMap<u16, ListenerPlan> {
         &self.plans
+    }
+
+    /// What the routes need of their host's configuration.
+    pub fn needs(&self) -> &Arc<Needs> {
+        if self.cx.gateway() { &self.gateways.needs } else { self.virtual_services.needs() }
     }
 
     /// The mesh's `proxyHttpPort`.

@@ -9,6 +9,7 @@ use portolan_registry::row::{Choice, Origin, OriginKind, Routes, Row, RowKey, Ta
 
 use super::delegates;
 use super::http_routes::{self, MESH, Others, Place};
+use super::needs::Needs;
 use super::rules::expand;
 use super::service::Context;
 use crate::api::virtual_service::{HttpRoute, VirtualService};
@@ -127,6 +128,7 @@ impl Routed {
 struct Written {
     of: Arc<Virtual>,
     rows: Vec<RowKey>,
+    needs: Needs,
 }
 
 /// All VirtualServices, and what became of them.
@@ -141,6 +143,8 @@ pub(crate) struct VirtualServices {
     /// Tables of hosts that are in no registry, by port.
     only: BTreeMap<String, BTreeMap<u16, Routed>>,
     tables: BTreeMap<TableName, Written>,
+    /// What all tables need.
+    needs: Arc<Needs>,
 }
 
 /// What a new assignment changes.
@@ -168,6 +172,11 @@ impl VirtualServices {
     /// Whether there is nothing here that bears on anything.
     pub(crate) fn is_idle(&self) -> bool {
         self.objects.is_empty() && !self.dirty && self.tables.is_empty()
+    }
+
+    /// What the routes need of their host's configuration.
+    pub(crate) fn needs(&self) -> &Arc<Needs> {
+        &self.needs
     }
 
     /// The table of a registry host and port.
@@ -308,7 +317,7 @@ impl VirtualServices {
                     let left = was.map(|was| was.rows).unwrap_or_default().into_iter();
                     out.gone.extend(left.filter(|key| !keys.contains(key)));
                     out.put.extend(rows);
-                    Written { of: Arc::clone(one), rows: keys }
+                    Written { of: Arc::clone(one), rows: keys, needs: Needs::of(&routes) }
                 }
             };
             let there = !written.rows.is_empty();
@@ -365,6 +374,11 @@ impl VirtualServices {
         }
         out.gone.extend(old.into_values().flat_map(|was| was.rows));
         self.tables = tables;
+        let mut needs = Needs::default();
+        self.tables.values().for_each(|table| needs.add(&table.needs));
+        if *self.needs != needs {
+            self.needs = Arc::new(needs);
+        }
         // Chains ask for destinations' ports as well.
         let asks = |one: &&Arc<Virtual>| touched.iter().any(|host| one.destinations.contains(host.as_ref()));
         let asking: Vec<&Arc<Virtual>> = self.views.iter().flat_map(|view| &view.list).filter(asks).collect();
@@ -385,9 +399,6 @@ impl VirtualServices {
 pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
     let mut out = BTreeSet::new();
     for route in &spec.http {
-        if route.mirror.is_some() || !route.mirrors.is_empty() {
-            out.insert("mirrors, by an Envoy: its clusters remove the order before its router reads it");
-        }
         if let Some(retries) = &route.retries
             && (retries.backoff.is_some()
                 || retries.retry_remote_localities.is_some()

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -22,6 +23,72 @@ pub struct ControllerTls {
     pub name: String,
     /// Envoy's own certificate and key, PEM.
     pub own: Option<(String, String)>,
+    /// Folder of the files that name the certificates, so that Envoy reads them again when they change; `None`: it reads
+    /// them when it starts.
+    pub secrets: Option<String>,
+}
+
+/// Name of the file and of the secret for Envoy's own certificate.
+const OWN: &str = "own-certificate";
+/// The same for the authorities of the controller's.
+const AUTHORITIES: &str = "authorities";
+
+impl ControllerTls {
+    /// The files that belong into the folder of secrets, by name.
+    pub fn secret_files(&self) -> Vec<(String, Value)> {
+        const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+        let list = |secret: Value| json!({ "resources": [secret] });
+        let file = |name: &str| json!({ "filename": name });
+        // A file in the place of an old one is seen in its folder; a Kubernetes volume changes a link there.
+        let around = |name: &str| {
+            let folder = Path::new(name).parent().filter(|folder| !folder.as_os_str().is_empty());
+            json!({ "path": folder.unwrap_or(Path::new(".")) })
+        };
+        let mut out = vec![(
+            format!("{AUTHORITIES}.json"),
+            list(json!({ "@type": SECRET, "name": AUTHORITIES, "validation_context": {
+                "trusted_ca": file(&self.ca), "watched_directory": around(&self.ca),
+            } })),
+        )];
+        out.extend(self.own.iter().map(|(certificate, key)| {
+            let own = json!({
+                "certificate_chain": file(certificate), "private_key": file(key), "watched_directory": around(certificate),
+            });
+            (format!("{OWN}.json"), list(json!({ "@type": SECRET, "name": OWN, "tls_certificate": own })))
+        }));
+        out
+    }
+
+    /// The certificates of a connection to the controller.
+    fn certificates(&self) -> Value {
+        let name = match self.name.starts_with("spiffe://") {
+            true => json!({ "san_type": "URI", "matcher": { "exact": self.name } }),
+            false => json!({ "san_type": "DNS", "matcher": { "exact": self.name } }),
+        };
+        let validation = json!({ "match_typed_subject_alt_names": [name] });
+        let mut out = json!({ "alpn_protocols": ["h2"] });
+        if let Some(folder) = &self.secrets {
+            let secret = |name: &str| {
+                let path = Path::new(folder).join(format!("{name}.json"));
+                let source = json!({ "path": path, "watched_directory": { "path": folder } });
+                json!({ "name": name, "sds_config": { "path_config_source": source } })
+            };
+            out["combined_validation_context"] = json!({
+                "default_validation_context": validation, "validation_context_sds_secret_config": secret(AUTHORITIES),
+            });
+            if self.own.is_some() {
+                out["tls_certificate_sds_secret_configs"] = json!([secret(OWN)]);
+            }
+            return out;
+        }
+        let file = |name: &str| json!({ "filename": name });
+        out["validation_context"] = validation;
+        out["validation_context"]["trusted_ca"] = file(&self.ca);
+        let own = self.own.iter();
+        out["tls_certificates"] =
+            own.map(|(chain, key)| json!({ "certificate_chain": file(chain), "private_key": file(key) })).collect();
+        out
+    }
 }
 
 /// What an Envoy may use.
@@ -69,6 +136,8 @@ impl Bootstrap {
             "admin": { "address": socket(&self.admin.ip().to_string(), self.admin.port()) },
             "dynamic_resources": {
                 "lds_config": ads,
+                // Those that get copies of requests; the others are asked for on demand.
+                "cds_config": ads,
                 "ads_config": {
                     "api_type": "DELTA_GRPC",
                     "transport_api_version": "V3",
@@ -125,25 +194,9 @@ impl Bootstrap {
             },
         });
         if let Some(tls) = &self.tls {
-            let file = |name: &str| json!({ "filename": name });
-            let own = tls
-                .own
-                .iter()
-                .map(|(certificate, key)| json!({ "certificate_chain": file(certificate), "private_key": file(key) }));
-            let name = match tls.name.starts_with("spiffe://") {
-                true => json!({ "san_type": "URI", "matcher": { "exact": tls.name } }),
-                false => json!({ "san_type": "DNS", "matcher": { "exact": tls.name } }),
-            };
             let mut context = json!({
                 "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-                "common_tls_context": {
-                    "alpn_protocols": ["h2"],
-                    "tls_certificates": own.collect::<Vec<_>>(),
-                    "validation_context": {
-                        "trusted_ca": file(&tls.ca),
-                        "match_typed_subject_alt_names": [name],
-                    },
-                },
+                "common_tls_context": tls.certificates(),
             });
             if !tls.name.starts_with("spiffe://") {
                 context["sni"] = tls.name.as_str().into();

@@ -1,12 +1,15 @@
 //! The two filter chains of every listener: HTTP, and everything else. Both ask the filter, and go where it says.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use portolan_proto::envoy::envoy::config::accesslog::v3::{AccessLog, access_log};
+use portolan_proto::envoy::envoy::config::common::mutation_rules::v3::{HeaderMutation, header_mutation};
 use portolan_proto::envoy::envoy::config::core::v3 as core;
 use portolan_proto::envoy::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, filter};
 use portolan_proto::envoy::envoy::config::route::v3 as route;
+use portolan_proto::envoy::envoy::config::route::v3::route_match::PathSpecifier;
 use portolan_proto::envoy::envoy::extensions::access_loggers::file::v3::{FileAccessLog, file_access_log};
 use portolan_proto::envoy::envoy::extensions::filters::common::fault::v3::{FaultDelay, fault_delay};
 use portolan_proto::envoy::envoy::extensions::filters::common::set_filter_state::v3::{
@@ -25,8 +28,10 @@ use portolan_proto::envoy::envoy::extensions::filters::network::sni_dynamic_forw
 };
 use portolan_proto::envoy::envoy::extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy};
 use portolan_proto::envoy::envoy::extensions::filters::network::wasm::v3::Wasm as NetworkWasm;
+use portolan_proto::envoy::envoy::extensions::http::early_header_mutation::header_mutation::v3::HeaderMutation as EarlyHeaderMutation;
 use portolan_proto::envoy::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
 use portolan_proto::envoy::envoy::extensions::wasm::v3::{FailurePolicy, PluginConfig, VmConfig, plugin_config};
+use portolan_proto::envoy::envoy::r#type::matcher::v3::{StringMatcher, string_matcher};
 use portolan_proto::envoy::envoy::r#type::v3::{FractionalPercent, HashPolicy, hash_policy};
 use portolan_proto::envoy::google::protobuf::{self, StringValue};
 use portolan_proto::v1::GatewayServer;
@@ -36,14 +41,21 @@ use serde_json::json;
 use super::cluster::{dns_cache, filter as http_filter};
 use super::settings::{NoSnapshot, Settings};
 use super::{BLACK_HOLE, any, number, server_tls, switch};
+use crate::compile::needs::Needs;
 use crate::model::{Role, Scope};
 
 /// The header by which the route chooses the cluster.
 const CLUSTER_HEADER: &str = "x-portolan-cluster";
+/// The header that tells the filter where a request came in, which costs a request half of what the question does.
+const DESTINATION_HEADER: &str = "x-portolan-destination";
 /// The header by which it balances consistently.
 pub(super) const HASH_HEADER: &str = "x-portolan-hash";
 /// The header by which it mirrors.
-pub(super) const MIRROR_HEADER: &str = "x-portolan-mirror";
+const MIRROR_HEADER: &str = "x-portolan-mirror";
+/// The header by which it does not retry on its own conditions.
+const RETRY_HEADER: &str = "x-portolan-retry";
+/// The header by which the fault filter delays.
+const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
 
 /// The chain by whose name the filter knows requests to the HTTP proxy.
 const PROXY_CHAIN: &str = "http_proxy";
@@ -65,6 +77,10 @@ pub(super) struct Chains {
     /// Configuration of the plugins.
     plugin: String,
     v6_only: bool,
+    /// Whether the filter is told where a request came in.
+    says_destination: bool,
+    /// What routes need.
+    pub(super) needs: Arc<Needs>,
 }
 
 impl Chains {
@@ -73,6 +89,8 @@ impl Chains {
             NoSnapshot::Closed => "closed",
             NoSnapshot::Open => "open",
         };
+        // A gateway's filter asks for the chain in any case.
+        let says_destination = scope.role == Role::Sidecar;
         let mut plugin = json!({
             "controller": settings.controller,
             "namespace": scope.namespace,
@@ -82,6 +100,7 @@ impl Chains {
             "no_snapshot": no_snapshot,
             // Costs a host call for each request: only where somebody reads it.
             "report_decisions": settings.access_log.is_some(),
+            "destination_header": says_destination,
         });
         for (field, value) in [("locality", scope.locality.as_str()), ("subscriber", node)] {
             if !value.is_empty() {
@@ -90,7 +109,13 @@ impl Chains {
         }
         let mut ips = scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
         let v6_only = ips.peek().is_some() && ips.all(|ip| ip.is_ipv6());
-        Chains { settings: settings.clone(), plugin: plugin.to_string(), v6_only }
+        Chains {
+            settings: settings.clone(),
+            plugin: plugin.to_string(),
+            v6_only,
+            says_destination,
+            needs: Arc::default(),
+        }
     }
 
     /// Plain-text HTTP of captured connections.
@@ -102,9 +127,11 @@ impl Chains {
                 application_protocols: vec!["http/1.1".to_owned(), "h2c".to_owned()],
                 ..FilterChainMatch::default()
             }),
-            filters: vec![
-                self.connection_manager(&format!("outbound_{listener};"), vec![routed(prefix(), Vec::new())]),
-            ],
+            filters: vec![self.connection_manager(
+                &format!("outbound_{listener};"),
+                "%DOWNSTREAM_LOCAL_ADDRESS%",
+                self.routes(&prefix(), &[]),
+            )],
             ..FilterChain::default()
         }
     }
@@ -116,17 +143,32 @@ impl Chains {
             connect_config: Some(route::route_action::upgrade_config::ConnectConfig::default()),
             ..Default::default()
         };
-        let matcher = route::route_match::PathSpecifier::ConnectMatcher(route::route_match::ConnectMatcher {});
-        let routes = vec![routed(matcher, vec![connect]), routed(prefix(), Vec::new())];
+        let matcher = PathSpecifier::ConnectMatcher(route::route_match::ConnectMatcher {});
+        let mut routes = self.routes(&matcher, &[connect]);
+        routes.extend(self.routes(&prefix(), &[]));
         FilterChain {
             name: PROXY_CHAIN.to_owned(),
-            filters: vec![self.connection_manager(&format!("outbound_{listener};"), routes)],
+            filters: vec![self.connection_manager(&format!("outbound_{listener};"), "proxy", routes)],
             ..FilterChain::default()
         }
     }
 
-    fn connection_manager(&self, stat_prefix: &str, routes: Vec<route::Route>) -> Filter {
-        filter("envoy.filters.network.http_connection_manager", &self.manager(stat_prefix, routes))
+    /// The routes of requests with such a path: what a header can only choose, and not say, each has as its own.
+    fn routes(&self, path: &PathSpecifier, upgrades: &[route::route_action::UpgradeConfig]) -> Vec<route::Route> {
+        let retries: &[bool] = if self.needs.retries { &[true, false] } else { &[false] };
+        let mirrors = self.needs.mirrors.iter().map(Vec::as_slice).chain([&[][..]]);
+        mirrors
+            .flat_map(|mirrors| retries.iter().map(move |own| (mirrors, *own)))
+            .map(|(mirrors, own)| routed(path.clone(), upgrades.to_vec(), mirrors, own))
+            .collect()
+    }
+
+    fn connection_manager(&self, stat_prefix: &str, destination: &str, routes: Vec<route::Route>) -> Filter {
+        let mut manager = self.manager(stat_prefix, routes);
+        if self.says_destination {
+            manager.early_header_mutation_extensions = vec![say_destination(destination)];
+        }
+        filter("envoy.filters.network.http_connection_manager", &manager)
     }
 
     fn manager(&self, stat_prefix: &str, routes: Vec<route::Route>) -> HttpConnectionManager {
@@ -135,6 +177,15 @@ impl Chains {
         if routes.len() > 1 {
             upgrades.push(upgrade("CONNECT"));
         }
+        let mut filters = vec![
+            http_filter("portolan", &HttpWasm { config: Some(self.plugin("portolan_http")) }),
+            http_filter("envoy.filters.http.on_demand", &on_demand()),
+        ];
+        // Each filter costs every request something.
+        if self.needs.delays {
+            filters.push(http_filter("envoy.filters.http.fault", &fault()));
+        }
+        filters.push(http_filter("envoy.filters.http.router", &Router::default()));
         let virtual_host = route::VirtualHost {
             name: "portolan".to_owned(),
             domains: vec!["*".to_owned()],
@@ -151,15 +202,12 @@ impl Chains {
             proxy_100_continue: true,
             upgrade_configs: upgrades,
             access_log: self.access_log(),
-            http_filters: vec![
-                http_filter("portolan", &HttpWasm { config: Some(self.plugin("portolan_http")) }),
-                http_filter("envoy.filters.http.on_demand", &on_demand()),
-                http_filter("envoy.filters.http.fault", &fault()),
-                http_filter("envoy.filters.http.router", &Router::default()),
-            ],
+            http_filters: filters,
             route_specifier: Some(hcm::RouteSpecifier::RouteConfig(route::RouteConfiguration {
                 name: "portolan".to_owned(),
                 virtual_hosts: vec![virtual_host],
+                // Clusters come later than the routes that name them.
+                validate_clusters: switch(false),
                 ..route::RouteConfiguration::default()
             })),
             ..HttpConnectionManager::default()
@@ -197,7 +245,7 @@ impl Chains {
                     uri: true,
                     ..hcm::SetCurrentClientCertDetails::default()
                 }),
-                ..self.manager(&format!("outbound_{listener};"), vec![routed(prefix(), Vec::new())])
+                ..self.manager(&format!("outbound_{listener};"), self.routes(&prefix(), &[]))
             };
             let filters = vec![filter("envoy.filters.network.http_connection_manager", &manager)];
             FilterChain { filters, ..FilterChain::default() }
@@ -319,6 +367,25 @@ fn fault() -> HttpFault {
     HttpFault { delay: Some(delay), ..HttpFault::default() }
 }
 
+/// Says where a request came in, in place of whatever its client says there.
+fn say_destination(value: &str) -> core::TypedExtensionConfig {
+    let header = core::HeaderValue {
+        key: DESTINATION_HEADER.to_owned(),
+        value: value.to_owned(),
+        ..core::HeaderValue::default()
+    };
+    let append = core::HeaderValueOption {
+        header: Some(header),
+        append_action: core::header_value_option::HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+        ..core::HeaderValueOption::default()
+    };
+    let mutation = HeaderMutation { action: Some(header_mutation::Action::Append(append)) };
+    core::TypedExtensionConfig {
+        name: "envoy.http.early_header_mutation.header_mutation".to_owned(),
+        typed_config: Some(any(&EarlyHeaderMutation { mutations: vec![mutation] })),
+    }
+}
+
 /// The port at which a name is dialled, as the cluster wants to be told.
 fn dialled_port() -> SetFilterState {
     let format = core::SubstitutionFormatString {
@@ -336,58 +403,84 @@ fn dialled_port() -> SetFilterState {
     SetFilterState { on_new_connection: vec![value], ..SetFilterState::default() }
 }
 
-fn prefix() -> route::route_match::PathSpecifier {
-    route::route_match::PathSpecifier::Prefix("/".to_owned())
+fn prefix() -> PathSpecifier {
+    PathSpecifier::Prefix("/".to_owned())
 }
 
-/// The route of every request that the filter has decided about; others have none, and get a 404.
+/// The route of requests that the filter has decided about, to be mirrored there, and to be retried on the filter's
+/// conditions only (`own`) or on Istio's as well. Others have no route, and get a 404.
 fn routed(
-    path: route::route_match::PathSpecifier,
+    path: PathSpecifier,
     upgrade_configs: Vec<route::route_action::UpgradeConfig>,
+    mirrors: &[String],
+    own: bool,
 ) -> route::Route {
-    let decided = route::HeaderMatcher {
-        name: CLUSTER_HEADER.to_owned(),
-        header_match_specifier: Some(route::header_matcher::HeaderMatchSpecifier::PresentMatch(true)),
+    let header = |name: &str, how| route::HeaderMatcher {
+        name: name.to_owned(),
+        header_match_specifier: Some(how),
         ..route::HeaderMatcher::default()
     };
-    let retry = route::RetryPolicy {
-        retry_on: RETRY_ON.to_owned(),
-        num_retries: number(2),
-        retry_host_predicate: vec![route::retry_policy::RetryHostPredicate {
-            name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
-            config_type: Some(route::retry_policy::retry_host_predicate::ConfigType::TypedConfig(any(
-                &PreviousHostsPredicate {},
-            ))),
-        }],
-        host_selection_retry_max_attempts: 5,
-        ..route::RetryPolicy::default()
-    };
+    let present = || route::header_matcher::HeaderMatchSpecifier::PresentMatch(true);
+    let mut headers = vec![header(CLUSTER_HEADER, present())];
+    if own {
+        headers.push(header(RETRY_HEADER, present()));
+    }
+    if !mirrors.is_empty() {
+        let all = StringMatcher {
+            match_pattern: Some(string_matcher::MatchPattern::Exact(mirrors.join(","))),
+            ..StringMatcher::default()
+        };
+        headers.push(header(MIRROR_HEADER, route::header_matcher::HeaderMatchSpecifier::StringMatch(all)));
+    }
     let hash = route::route_action::hash_policy::Header { header_name: HASH_HEADER.to_owned(), regex_rewrite: None };
     let action = route::RouteAction {
         cluster_specifier: Some(route::route_action::ClusterSpecifier::ClusterHeader(CLUSTER_HEADER.to_owned())),
         timeout: Some(protobuf::Duration::default()),
-        retry_policy: Some(retry),
+        retry_policy: Some(retry_policy(own)),
         hash_policy: vec![route::route_action::HashPolicy {
             policy_specifier: Some(route::route_action::hash_policy::PolicySpecifier::Header(hash)),
             terminal: false,
         }],
-        request_mirror_policies: vec![route::route_action::RequestMirrorPolicy {
-            cluster_header: MIRROR_HEADER.to_owned(),
-            disable_shadow_host_suffix_append: true,
-            ..Default::default()
-        }],
+        request_mirror_policies: mirrors.iter().map(|cluster| mirror(cluster)).collect(),
         upgrade_configs,
         ..route::RouteAction::default()
     };
     route::Route {
-        r#match: Some(route::RouteMatch {
-            path_specifier: Some(path),
-            headers: vec![decided],
-            ..route::RouteMatch::default()
-        }),
-        // The hash and mirror headers are read later, and removed in the cluster.
-        request_headers_to_remove: [CLUSTER_HEADER, "x-envoy-fault-delay-request"].map(str::to_owned).into(),
+        r#match: Some(route::RouteMatch { path_specifier: Some(path), headers, ..route::RouteMatch::default() }),
+        // The hash is asked for again with each attempt, so clusters that balance by it remove its header.
+        request_headers_to_remove: [CLUSTER_HEADER, DESTINATION_HEADER, RETRY_HEADER, MIRROR_HEADER, DELAY_HEADER]
+            .map(str::to_owned)
+            .into(),
         action: Some(route::route::Action::Route(action)),
         ..route::Route::default()
+    }
+}
+
+fn retry_policy(own: bool) -> route::RetryPolicy {
+    let hosts = route::retry_policy::RetryHostPredicate {
+        name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
+        config_type: Some(route::retry_policy::retry_host_predicate::ConfigType::TypedConfig(any(
+            &PreviousHostsPredicate {},
+        ))),
+    };
+    route::RetryPolicy {
+        retry_on: if own { String::new() } else { RETRY_ON.to_owned() },
+        num_retries: if own { None } else { number(2) },
+        retry_host_predicate: vec![hosts],
+        host_selection_retry_max_attempts: 5,
+        ..route::RetryPolicy::default()
+    }
+}
+
+/// The router reads a `cluster_header` of a mirror policy only after the cluster's filters have run, so that it could not
+/// be kept from the upstream: mirrors are named in routes, which the header chooses.
+fn mirror(cluster: &str) -> route::route_action::RequestMirrorPolicy {
+    let remove = HeaderMutation { action: Some(header_mutation::Action::Remove(HASH_HEADER.to_owned())) };
+    route::route_action::RequestMirrorPolicy {
+        cluster: cluster.to_owned(),
+        trace_sampled: switch(false),
+        disable_shadow_host_suffix_append: true,
+        request_headers_mutations: vec![remove],
+        ..Default::default()
     }
 }

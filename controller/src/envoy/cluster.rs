@@ -2,7 +2,7 @@
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::cluster::v3::cluster::{
-    ClusterDiscoveryType, DiscoveryType, DnsLookupFamily,
+    ClusterDiscoveryType, DiscoveryType, DnsLookupFamily, LbPolicy,
 };
 use portolan_proto::envoy::envoy::config::common::mutation_rules::v3::{HeaderMutation, header_mutation::Action};
 use portolan_proto::envoy::envoy::config::core::v3::Http1ProtocolOptions;
@@ -21,12 +21,19 @@ use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::{
 use prost::{Message, Name};
 
 use super::any;
-use super::chains::{HASH_HEADER, MIRROR_HEADER};
+use super::chains::HASH_HEADER;
 
-/// Makes the cluster drop the filter's orders to the router from requests. Those that the route's policies read while an
-/// upstream is chosen cannot be removed by the route, which does so earlier.
+/// Fits a cluster to an Envoy.
 pub fn adapt(cluster: &mut Cluster) {
     share_cache(cluster);
+    if [LbPolicy::RingHash, LbPolicy::Maglev].iter().any(|policy| cluster.lb_policy == i32::from(*policy)) {
+        remove_hash(cluster);
+    }
+}
+
+/// Has the cluster drop the header that it balances by. The route cannot: it would be gone when a request is sent again.
+/// Other clusters do without, for a filter of theirs costs every request something.
+fn remove_hash(cluster: &mut Cluster) {
     const KEY: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
     let held = cluster.typed_extension_protocol_options.get(KEY);
     let mut http = held.and_then(|any| HttpProtocolOptions::decode(&*any.value).ok()).unwrap_or_default();
@@ -35,11 +42,8 @@ pub fn adapt(cluster: &mut Cluster) {
         let explicit = options::ExplicitHttpConfig { protocol_config: Some(http1) };
         options::UpstreamProtocolOptions::ExplicitHttpConfig(explicit)
     });
-    let remove = |name: &str| HeaderMutation { action: Some(Action::Remove(name.to_owned())) };
-    let mutations = mutation::Mutations {
-        request_mutations: vec![remove(HASH_HEADER), remove(MIRROR_HEADER)],
-        ..mutation::Mutations::default()
-    };
+    let remove = HeaderMutation { action: Some(Action::Remove(HASH_HEADER.to_owned())) };
+    let mutations = mutation::Mutations { request_mutations: vec![remove], ..mutation::Mutations::default() };
     let mutation = mutation::HeaderMutation { mutations: Some(mutations), ..mutation::HeaderMutation::default() };
     http.http_filters = vec![
         filter("envoy.filters.http.header_mutation", &mutation),

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use portolan_proto::envoy::envoy::config::core::v3::{CidrRange, TrafficDirection};
@@ -23,6 +24,7 @@ use prost::{Message, Name};
 use super::chains::Chains;
 use super::settings::Settings;
 use super::{address, any, number, switch};
+use crate::compile::needs::Needs;
 use crate::model::Scope;
 
 /// Makes the listeners of one Envoy.
@@ -45,6 +47,11 @@ impl Renderer {
             wildcards.push(Ipv6Addr::UNSPECIFIED.into());
         }
         Renderer { chains: Chains::new(settings, scope, node), settings: settings.clone(), wildcards }
+    }
+
+    /// From now on listeners are made to suit what routes need.
+    pub fn suit(&mut self, needs: &Arc<Needs>) {
+        self.chains.needs = Arc::clone(needs);
     }
 
     /// The listeners that no port's plan makes: the transparent one, which is the catch-all, and the HTTP proxies.

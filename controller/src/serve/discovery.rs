@@ -187,6 +187,8 @@ struct Stream {
     listeners: Option<Listeners>,
     published: watch::Receiver<Arc<Published>>,
     subscriptions: BTreeMap<String, Subscription>,
+    /// Clusters that get copies of requests, and are sent unasked: an Envoy asks only for those of the requests themselves.
+    mirrored: BTreeSet<String>,
     /// Clusters that are no more, and when they are to be removed.
     going: BTreeMap<String, Instant>,
     /// Version up to which clusters were looked at.
@@ -221,6 +223,7 @@ async fn serve(
         listeners,
         published,
         subscriptions,
+        mirrored: BTreeSet::new(),
         going,
         seen,
         nonce: 0,
@@ -269,7 +272,8 @@ impl Stream {
         let first = !self.subscriptions.contains_key(&url);
         let subscription = self.subscriptions.entry(url.clone()).or_default();
         let wanted = subscription.request(&request, first);
-        let asks = first || !wanted.is_empty() || request.resource_names_subscribe.iter().any(|n| n == "*");
+        let everything = request.resource_names_subscribe.iter().any(|n| n == "*");
+        let asks = first || !wanted.is_empty() || everything;
         if !asks {
             return Ok(());
         }
@@ -280,6 +284,10 @@ impl Stream {
                 let mut names = wanted;
                 if first && let Some(subscription) = self.subscriptions.get(&url) {
                     names.extend(subscription.held.keys().filter(|n| !subscription.names.contains(*n)).cloned());
+                }
+                // Names that are asked for change nothing about the others.
+                if first || everything {
+                    names.extend(self.follow_mirrors().0);
                 }
                 self.send_clusters(names, None, Why::Asked).await
             }
@@ -297,11 +305,39 @@ impl Stream {
             self.send_listeners(&[], false).await?;
         }
         let since = std::mem::replace(&mut self.seen, version);
-        let names = self.subscriptions.get(CLUSTER_TYPE_URL).map(|s| s.names.iter().cloned().collect());
-        match names {
-            Some(names) => self.send_clusters(names, Some(since), Why::Changed).await,
-            None => Ok(()),
+        let Some(subscription) = self.subscriptions.get(CLUSTER_TYPE_URL) else { return Ok(()) };
+        let names = subscription.names.union(&self.mirrored).cloned().collect();
+        self.send_clusters(names, Some(since), Why::Changed).await?;
+        let (new, old) = self.follow_mirrors();
+        self.send_clusters(new, None, Why::Changed).await?;
+        self.withdraw(old).await
+    }
+
+    /// Notes which clusters are mirrored to, for a client that has subscribed to what there is; gives those that it needs
+    /// from now on, and those that nothing but mirrors needed.
+    fn follow_mirrors(&mut self) -> (Vec<String>, Vec<String>) {
+        let published = self.published.borrow();
+        let Some(subscription) = self.subscriptions.get(CLUSTER_TYPE_URL) else { return Default::default() };
+        let now: BTreeSet<String> = match subscription.wildcard {
+            true => published.needs.mirrored().into_iter().map(str::to_owned).collect(),
+            false => BTreeSet::new(),
+        };
+        let unasked = |name: &&String| !subscription.names.contains(*name);
+        let new = now.difference(&self.mirrored).filter(unasked).cloned().collect();
+        let old = self.mirrored.difference(&now).filter(unasked).cloned().collect();
+        drop(published);
+        self.mirrored = now;
+        (new, old)
+    }
+
+    async fn withdraw(&mut self, names: Vec<String>) -> Result<(), Status> {
+        let Some(subscription) = self.subscriptions.get_mut(CLUSTER_TYPE_URL) else { return Ok(()) };
+        let held = |name: &String| subscription.held.remove(name).flatten().is_some();
+        let names: Vec<String> = names.into_iter().filter(held).collect();
+        if names.is_empty() {
+            return Ok(());
         }
+        self.respond(CLUSTER_TYPE_URL, Vec::new(), names).await
     }
 
     /// Sends the plans that the client does not hold as they are, and says which of the wanted ones are not there.

@@ -8,13 +8,14 @@ use portolan_proto::envoy::envoy::config::listener::v3::Listener;
 use portolan_proto::v1::{Inspection, ListenerPlan};
 use prost::Message;
 
+use crate::compile::needs::Needs;
 use crate::envoy::listeners::Renderer;
 use crate::publish::Published;
 
 pub(super) struct Listeners {
     renderer: Renderer,
     /// What every listener may depend on.
-    general: Option<(Inspection, Option<u16>)>,
+    general: Option<(Inspection, Option<u16>, Arc<Needs>)>,
     /// Names of the general listeners.
     fixed: Vec<String>,
     /// Plans that were rendered, and the names of what came out.
@@ -36,11 +37,13 @@ impl Listeners {
     /// The listeners by name, as these plans have them.
     pub(super) fn follow(&mut self, published: &Published) -> &BTreeMap<String, Rendered> {
         let catch_all = published.plans.get(&0).and_then(|plan| plan.wildcard).unwrap_or_default();
-        let general = (catch_all, published.proxy_http_port);
-        if self.general != Some(general) {
-            self.general = Some(general);
+        let general = Some((catch_all, published.proxy_http_port, published.needs.clone()));
+        if self.general != general {
+            self.general = general;
+            self.renderer.suit(&published.needs);
             self.ports.clear();
             self.resources.clear();
+            self.fixed.clear();
             self.fixed = self.add(self.renderer.general(&catch_all, published.proxy_http_port));
         }
         let gone: Vec<u16> = self.ports.keys().filter(|port| !published.plans.contains_key(port)).copied().collect();
@@ -78,5 +81,47 @@ impl Listeners {
         for name in self.ports.remove(&port).map(|(_, names)| names).unwrap_or_default() {
             self.resources.remove(&name);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compile::needs::Needs;
+    use crate::envoy::settings::{NoSnapshot, Settings};
+    use crate::model::Scope;
+
+    #[test]
+    fn listeners_stay_when_what_all_depend_on_changes() {
+        let settings = Settings {
+            filter: "filter.wasm".into(),
+            controller: "portolan".into(),
+            transparent: Some(15001),
+            http_proxy: vec!["127.0.0.1:15080".parse().unwrap()],
+            bind_ports: None,
+            credentials: None,
+            no_snapshot: NoSnapshot::Closed,
+            access_log: None,
+        };
+        let mut listeners = Listeners::new(Renderer::new(&settings, &Scope::default(), "test"));
+        let plan = |port: u16, http| {
+            let wildcard = Some(Inspection { tls: false, http });
+            (port, Arc::new(ListenerPlan { port: port.into(), wildcard, ..ListenerPlan::default() }))
+        };
+        let mut published = Published { plans: [plan(0, false), plan(80, true)].into(), ..Published::default() };
+        let mut seen = |published: &Published| -> Vec<(String, String)> {
+            let all = listeners.follow(published).iter();
+            all.map(|(name, rendered)| (name.clone(), rendered.version.clone())).collect()
+        };
+        let before = seen(&published);
+        published.needs = Arc::new(Needs { delays: true, ..Needs::default() });
+        let after = seen(&published);
+        let names = |listeners: &[(String, String)]| listeners.iter().map(|(n, _)| n.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&before), ["0.0.0.0_80", "127.0.0.1_15080", "virtualOutbound"]);
+        assert_eq!(names(&after), names(&before));
+        let changed = before.iter().zip(&after).filter(|(a, b)| a != b).map(|(a, _)| a.0.as_str());
+        assert_eq!(changed.collect::<Vec<_>>(), ["0.0.0.0_80", "127.0.0.1_15080"], "the catch-all reads no HTTP");
+        published.needs = Arc::default();
+        assert_eq!(seen(&published), before);
     }
 }

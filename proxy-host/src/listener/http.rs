@@ -151,7 +151,7 @@ async fn answer(
     let answered = if method == Method::CONNECT {
         Box::pin(exchange.tunnel(worker, &cluster, &wanted, request, stream)).await
     } else {
-        exchange.forward(worker, &cluster, &wanted, (head, orders.mirrors), request, stream).await
+        exchange.forward(worker, &cluster, &wanted, (head, orders), request, stream).await
     };
     match answered {
         Ok(response) => Ok(response),
@@ -259,7 +259,7 @@ impl Exchange {
         worker: &Rc<Worker>,
         cluster: &crate::upstream::Cluster,
         wanted: &Wanted,
-        (head, mirrors): (RequestHead, Vec<String>),
+        (head, orders): (RequestHead, headers::Orders),
         mut incoming: Request<Incoming>,
         stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
@@ -270,8 +270,7 @@ impl Exchange {
         if let Some(control) = &expects {
             control.expects();
         }
-        let request =
-            router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, mirrors, expects };
+        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, orders, expects };
         let (idle, seen) = (worker.config.http.stream_idle, self.received.clone());
         let sent = {
             let sending = pin!(router::send(worker, cluster, wanted, request, same, &mut self.entry));

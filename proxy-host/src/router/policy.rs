@@ -97,16 +97,17 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Takes what the headers say out of them; `grpc`: the request is a gRPC call.
+    /// Takes what the headers say out of them; `grpc`: the request is a gRPC call; `own`: they are all that is said of
+    /// retries, and Istio's default policy does not hold.
     #[must_use]
-    pub fn take(headers: &mut HeaderMap, grpc: bool) -> Self {
+    pub fn take(headers: &mut HeaderMap, grpc: bool, own: bool) -> Self {
         let mut policy = Self {
             timeout: None,
             per_try: None,
             no_content: false,
-            retries: RETRIES,
+            retries: if own { 1 } else { RETRIES },
             repeats: grpc,
-            on: Conditions::ISTIO,
+            on: if own { Conditions(0) } else { Conditions::ISTIO },
             codes: Vec::new(),
             headers: Vec::new(),
         };
@@ -227,7 +228,7 @@ mod tests {
     #[test]
     fn an_applications_timeout_is_taken_and_announced() {
         let mut headers = headers(&[("x-envoy-upstream-rq-timeout-ms", "250"), ("x-envoy-retry-on", "5xx")]);
-        let policy = Policy::take(&mut headers, false);
+        let policy = Policy::take(&mut headers, false, false);
         assert_eq!((policy.timeout, policy.retries), (Some(Duration::from_millis(250)), RETRIES));
         assert_eq!(headers.len(), 1);
         assert_eq!(headers[EXPECTED], "250");
@@ -240,7 +241,7 @@ mod tests {
                 ("x-envoy-upstream-rq-timeout-ms", whole),
                 ("x-envoy-upstream-rq-per-try-timeout-ms", attempt),
             ]);
-            let policy = Policy::take(&mut headers, false);
+            let policy = Policy::take(&mut headers, false, false);
             assert_eq!(headers[EXPECTED], expected);
             assert_eq!(policy.per_try.is_some(), attempt == expected && whole != attempt, "{whole} {attempt}");
         }
@@ -249,7 +250,7 @@ mod tests {
     #[test]
     fn each_condition_asks_for_its_own_responses() {
         let asked = |on: &'static str, more: (&'static str, &'static str), answer: Response<()>| {
-            Policy::take(&mut headers(&[("x-envoy-retry-on", on), more]), false).rejects(&answer)
+            Policy::take(&mut headers(&[("x-envoy-retry-on", on), more]), false, false).rejects(&answer)
         };
         let none = ("x-other", "1");
         assert!(asked("5xx", none, response(500, None)));
@@ -271,7 +272,7 @@ mod tests {
     #[test]
     fn each_condition_asks_for_its_own_endings() {
         let asked = |on: &'static str, ended, begun| {
-            Policy::take(&mut headers(&[("x-envoy-retry-on", on)]), false).retries_after(ended, begun)
+            Policy::take(&mut headers(&[("x-envoy-retry-on", on)]), false, false).retries_after(ended, begun)
         };
         assert!(asked("reset", Ended::Reset, true));
         assert!(asked("5xx", Ended::Timeout, true));
@@ -280,6 +281,17 @@ mod tests {
         assert!(asked("reset-before-request", Ended::Reset, false));
         assert!(!asked("reset-before-request", Ended::Reset, true));
         assert!(asked("retriable-4xx", Ended::Refused, true));
+    }
+
+    #[test]
+    fn conditions_of_its_own_are_all_that_there_are() {
+        let take = |pairs: &[(&'static str, &'static str)]| Policy::take(&mut headers(pairs), false, true);
+        let own = take(&[("x-envoy-retry-on", "retriable-4xx"), ("x-envoy-max-retries", "4")]);
+        assert!(own.rejects(&response(409, None)) && !own.retries_after(Ended::Connect, false));
+        assert_eq!(own.retries, 4);
+        let none = take(&[]);
+        assert!(!none.retries_after(Ended::Connect, false) && !none.retries_after(Ended::Refused, false));
+        assert_eq!(take(&[("x-envoy-retry-on", "5xx")]).retries, 1, "Envoy's own number");
     }
 
     #[test]
