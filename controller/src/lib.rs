@@ -1,5 +1,6 @@
 //! The controller: Istio resources in, compiled snapshots, listener plans and clusters out.
 
+mod allocate;
 pub mod api;
 pub mod cluster;
 pub mod compile;

@@ -389,4 +389,6 @@ pub struct Scope {
     pub ips: Vec<String>,
     /// `region/zone/subzone`
     pub locality: String,
+    /// Its names are resolved by a DNS proxy that answers with allocated addresses, so that those count.
+    pub dns_capture: bool,
 }

@@ -2,15 +2,19 @@
 //! an immutable value that all subscribers of the scope share.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hasher};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
-use portolan_proto::v1::ListenerPlan;
+use portolan_proto::v1::{DnsName, ListenerPlan};
 use portolan_registry::write::{PageId, page_digest};
+use prost::Message;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::allocate::Allocator;
 use crate::cluster;
 use crate::compile::needs::Needs;
 use crate::compile::{Compiler, Conflict, Update};
@@ -50,6 +54,29 @@ pub struct Published {
     pub proxy_http_port: Option<u16>,
     /// What routes need of an Envoy's configuration.
     pub needs: Arc<Needs>,
+    /// What a DNS proxy answers, by host.
+    pub names: Arc<Names>,
+}
+
+/// Answers of a DNS proxy, by host.
+pub type Names = BTreeMap<String, Answer>;
+
+/// What a DNS proxy answers for a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Another one wherever the bytes differ.
+    pub version: String,
+    /// A `portolan.v1.DnsName`.
+    pub bytes: Vec<u8>,
+}
+
+impl Answer {
+    fn new(name: &DnsName) -> Self {
+        let bytes = name.encode_to_vec();
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&bytes);
+        Answer { version: format!("{:016x}", hasher.finish()), bytes }
+    }
 }
 
 impl Published {
@@ -83,6 +110,8 @@ pub struct Overview {
     pub objects: BTreeMap<Kind, usize>,
     /// The scopes that are compiled, and what is in force for each.
     pub scopes: Vec<(Scope, Arc<Published>)>,
+    /// Addresses that were allocated, by namespace and host.
+    pub addresses: Vec<(String, [IpAddr; 2])>,
 }
 
 /// Handle to the engine; clones share it, and it ends with the last of them.
@@ -102,6 +131,8 @@ impl Publisher {
             let mut engine = Engine {
                 mesh,
                 objects: HashMap::new(),
+                allocator: Allocator::default(),
+                capturing: false,
                 distinctions: Distinctions::default(),
                 scopes: HashMap::new(),
                 seats: HashMap::new(),
@@ -165,6 +196,9 @@ impl Publisher {
 struct Engine {
     mesh: MeshConfig,
     objects: HashMap<ObjectKey, Object>,
+    allocator: Allocator,
+    /// Somebody counts allocated addresses; before that, nobody has any.
+    capturing: bool,
     distinctions: Distinctions,
     /// What is compiled, by what of a scope counts.
     scopes: HashMap<Scope, ScopeState>,
@@ -211,6 +245,8 @@ impl Engine {
     }
 
     fn apply(&mut self, changes: &[Change]) -> Vec<Conflict> {
+        let assigned = self.capturing.then(|| self.allocator.assign(changes, &self.objects));
+        let changes = assigned.as_deref().unwrap_or(changes);
         for change in changes {
             match change {
                 Change::Apply(object) => drop(self.objects.insert(object.key(), object.clone())),
@@ -295,7 +331,8 @@ impl Engine {
         let in_force = |(scope, state): (&Scope, &ScopeState)| (scope.clone(), state.published.clone());
         let mut scopes: Vec<_> = self.scopes.iter().map(in_force).collect();
         scopes.sort_by(|(a, _), (b, _)| (&a.namespace, &a.ips).cmp(&(&b.namespace, &b.ips)));
-        Overview { objects, scopes }
+        let addresses = self.allocator.all().map(|(namespace, host, both)| (format!("{namespace}/{host}"), *both));
+        Overview { objects, scopes, addresses: addresses.collect() }
     }
 
     fn set_mesh(&mut self, mesh: MeshConfig) {
@@ -324,7 +361,23 @@ impl Engine {
         &self.seats[scope]
     }
 
+    /// Allocates addresses from now on.
+    fn capture(&mut self) {
+        if std::mem::replace(&mut self.capturing, true) {
+            return;
+        }
+        let all: Vec<Change> = self.objects.values().cloned().map(Change::Apply).collect();
+        for change in self.allocator.assign(&all, &HashMap::new()) {
+            if let Change::Apply(object) = change {
+                self.objects.insert(object.key(), object);
+            }
+        }
+    }
+
     fn scope(&mut self, scope: &Scope) -> &mut ScopeState {
+        if scope.dns_capture {
+            self.capture();
+        }
         if !self.scopes.contains_key(scope) {
             self.version += 1;
         }
@@ -354,7 +407,9 @@ impl Seat {
 impl ScopeState {
     fn may_differ(&self, name: &str, since: Option<u64>) -> bool {
         let Some(since) = since else { return true };
-        let changed = cluster::host_of(name).and_then(|h| self.changed.get(h.as_str()).copied());
+        // Those of no host follow what the Sidecar says.
+        let Some(host) = cluster::host_of(name) else { return true };
+        let changed = self.changed.get(host.as_str()).copied();
         changed.unwrap_or(self.since) > since
     }
 
@@ -387,8 +442,16 @@ impl ScopeState {
                 None => drop(plans.remove(port)),
             }
         }
+        let mut names = held.names.clone();
+        for host in &update.names {
+            let names = Arc::make_mut(&mut names);
+            match self.compiler.names().get(host) {
+                Some(name) => drop(names.insert(host.to_string(), Answer::new(name))),
+                None => drop(names.remove(host.as_ref())),
+            }
+        }
         let (digest, needs) = (self.compiler.digest(), self.compiler.needs().clone());
-        self.published = Arc::new(Published { version, pages, digest, plans, needs, ..*held });
+        self.published = Arc::new(Published { version, pages, digest, plans, needs, names, ..*held });
     }
 }
 
@@ -401,5 +464,6 @@ fn whole(version: u64, compiler: &Compiler) -> Published {
         plans: compiler.plans().iter().map(|(port, plan)| (*port, Arc::new(plan.clone()))).collect(),
         proxy_http_port: compiler.proxy_http_port(),
         needs: compiler.needs().clone(),
+        names: Arc::new(compiler.names().iter().map(|(host, name)| (host.to_string(), Answer::new(name))).collect()),
     }
 }

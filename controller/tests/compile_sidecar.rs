@@ -92,6 +92,26 @@ fn the_policy_of_the_sidecar_replaces_the_meshs() {
 }
 
 #[test]
+fn what_would_pass_through_goes_to_the_egress_proxy() {
+    let policy = |hosts: &str, to: &str| {
+        let spec = format!(
+            "egress: [{{hosts: {hosts}}}]\noutboundTrafficPolicy: {{mode: ALLOW_ANY, egressProxy: {{host: {to}, \
+             port: {{number: 8080}}}}}}"
+        );
+        with(&[("default", &spec)])
+    };
+    let places = |w: &World| {
+        let cluster = w.compiler.cluster("PassthroughCluster")?;
+        Some(cluster.load_assignment.unwrap().endpoints.iter().map(|e| e.lb_endpoints.len()).sum::<usize>())
+    };
+    let w = policy("['./*']", "a.com");
+    assert_eq!(w.http(&at(80), "unknown.com"), "PassthroughCluster");
+    assert_eq!(w.tcp(&at(7)), "PassthroughCluster");
+    assert_eq!(places(&w), Some(1), "the endpoints of a.com and not where the client dialled");
+    assert_eq!(places(&policy("['other/*']", "a.com")), None, "what is not imported is not there");
+}
+
+#[test]
 fn the_root_namespaces_holds_where_there_is_no_other() {
     let root = ("istio-system/root", "egress: [{hosts: ['./*']}]");
     let w = with(&[root]);

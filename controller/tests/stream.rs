@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use objects::*;
 use portolan_controller::embed::{Controller, ControllerConfig};
 use portolan_controller::model::Protocol::*;
-use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution};
+use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution, Scope};
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::core::v3::Node;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
@@ -17,7 +17,7 @@ use portolan_proto::envoy::envoy::service::discovery::v3::{DeltaDiscoveryRequest
 use portolan_proto::envoy::google::protobuf::{ListValue, Struct, Value, value};
 use portolan_proto::v1::registry_client::RegistryClient;
 use portolan_proto::v1::{self, ListenerPlan, Subscribe, WatchRequest, WatchResponse, watch_request::Message as Say};
-use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
+use portolan_proto::{CLUSTER_TYPE_URL, DNS_NAME_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
 use portolan_registry::page::FORMAT;
 use portolan_registry::snapshot::Snapshot;
 use prost::Message;
@@ -194,6 +194,57 @@ fn ask(url: &str, names: &[&str]) -> DeltaDiscoveryRequest {
         resource_names_subscribe: names.iter().map(|n| (*n).to_owned()).collect(),
         ..DeltaDiscoveryRequest::default()
     }
+}
+
+#[tokio::test]
+async fn names_are_for_those_who_answer_dns() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(9000, Tcp)]))]).await;
+    let capture = Value { kind: Some(value::Kind::StringValue("true".into())) };
+    let node = Node {
+        id: "sidecar~1.1.1.1~app.default~default.svc.cluster.local".into(),
+        metadata: Some(Struct { fields: [("DNS_CAPTURE".to_owned(), capture)].into() }),
+        ..Node::default()
+    };
+    let mut client = Discovery::of(&controller, node, ask(DNS_NAME_TYPE_URL, &["*"])).await;
+    let names = |got: &BTreeMap<String, Vec<u8>>| -> Vec<(String, usize)> {
+        let count = |bytes: &[u8]| v1::DnsName::decode(bytes).unwrap().addresses.len();
+        got.iter().map(|(name, bytes)| (name.clone(), count(bytes))).collect()
+    };
+    let (got, ..) = client.next().await;
+    assert_eq!(names(&got), [("a.com".to_owned(), 1)]);
+    controller.apply(apply([entry(se("b", &["b.com"], &[(9000, Tcp)]))])).await.unwrap();
+    let (got, ..) = client.next().await;
+    assert_eq!(names(&got), [("b.com".to_owned(), 1)]);
+    controller.apply(vec![Change::Delete(entry(se("a", &[], &[])).key())]).await.unwrap();
+    assert_eq!(client.next().await.1, ["a.com"]);
+    let mut other = Discovery::new(&controller, ask(DNS_NAME_TYPE_URL, &["*"])).await;
+    assert!(other.next().await.0.is_empty());
+}
+
+#[tokio::test]
+async fn subscribers_that_nobody_tells_apart_share_a_snapshot() {
+    let controller = controller(many(2)).await;
+    let publisher = controller.publisher();
+    let pod = |hash: &str, ip: &str| {
+        let labels = labels(&[("app", "x"), ("pod-template-hash", hash)]);
+        Scope { labels, ips: vec![ip.into()], ..scope() }
+    };
+    let (one, two) = (pod("1", "10.0.0.1"), pod("2", "10.0.0.2"));
+    let mut first = publisher.subscribe(one.clone()).await.unwrap();
+    let second = publisher.subscribe(two).await.unwrap();
+    let shared = |n: usize| async move { assert_eq!(publisher.overview().await.unwrap().scopes.len(), n) };
+    shared(1).await;
+    assert_eq!(first.borrow_and_update().version, second.borrow().version);
+    let selecting = sidecar("s", "{workloadSelector: {labels: {pod-template-hash: '1'}}, egress: [{hosts: ['./*']}]}");
+    controller.apply(apply([selecting.clone()])).await.unwrap();
+    shared(2).await;
+    assert!(first.has_changed().unwrap());
+    assert_eq!(
+        publisher.clusters(one, vec!["outbound|80||host-1.example.com".into()], Some(1)).await.unwrap().len(),
+        1
+    );
+    controller.apply(vec![Change::Delete(selecting.key())]).await.unwrap();
+    shared(1).await;
 }
 
 #[tokio::test]

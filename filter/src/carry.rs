@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use portolan_registry::authority;
+use portolan_registry::lookup::PASSTHROUGH_CLUSTER;
 use portolan_registry::route::{ALL, Cors, Extras, Fault, HeaderOps, Outcome, PathRewrite, Redirect, Retry, Target};
 use portolan_registry::routing::{Asked, Matched, Patterns, without_query};
 
@@ -18,6 +19,8 @@ pub const HASH_HEADER: &str = "x-portolan-hash";
 /// The header by which it chooses not to retry by its own conditions.
 pub const RETRY_POLICY_HEADER: &str = "x-portolan-retry";
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
+const ABORT_HEADER: &str = "x-envoy-fault-abort-request";
+const ABORT_GRPC_HEADER: &str = "x-envoy-fault-abort-grpc-request";
 const TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-timeout-ms";
 const TRY_TIMEOUT_HEADER: &str = "x-envoy-upstream-rq-per-try-timeout-ms";
 const RETRY_HEADER: &str = "x-envoy-retry-on";
@@ -96,10 +99,17 @@ pub(crate) fn carry_out(
 ) -> Result<Carried> {
     let extras = matched.action.extras.as_deref();
     let mut pending = Pending::default();
-    if let Some(fault) = extras.and_then(|e| e.fault.as_ref())
-        && let Some(answer) = inject(host, fault)?
-    {
-        return Ok(Carried::Answered(Box::new(answer)));
+    match extras.and_then(|e| e.fault.as_ref()).map(|fault| inject(host, fault)).transpose()? {
+        None | Some(Injected::Nothing) => {}
+        Some(Injected::Answer(answer)) => return Ok(Carried::Answered(answer)),
+        Some(Injected::Later) => {
+            let target = match &matched.action.outcome {
+                Outcome::Forward(targets) => pick(targets).map(|target| target.cluster.as_str()),
+                Outcome::Redirect(_) | Outcome::Respond(_) => None,
+            };
+            set_cluster(host, target.unwrap_or(PASSTHROUGH_CLUSTER).as_bytes())?;
+            return Ok(Carried::On(None));
+        }
     }
     if let Some(cors) = extras.and_then(|e| e.cors.as_ref())
         && let Some(answer) = cross_origin(cors, request, patterns, &mut pending)
@@ -300,18 +310,37 @@ fn host_of<'a>(authority: &'a [u8], scheme: &[u8], was: &[u8], new_port: bool) -
     if new_port || scheme != was && default { host } else { authority }
 }
 
-/// Orders a delay, or gives the answer in place of the upstream's.
-fn inject(host: &impl Host, fault: &Fault) -> Result<Option<Answer>> {
+/// What a fault comes to.
+enum Injected {
+    /// The request goes on, maybe after a delay that is ordered.
+    Nothing,
+    /// The answer in place of the upstream's.
+    Answer(Box<Answer>),
+    /// The host delays the request and then answers it.
+    Later,
+}
+
+/// Orders a delay, or an answer, or gives that.
+fn inject(host: &impl Host, fault: &Fault) -> Result<Injected> {
+    let delayed = fault.delay_ms > 0 && hits(fault.delay_share);
+    if delayed {
+        host.replace_request_header(DELAY_HEADER, fault.delay_ms.to_string().as_bytes())?;
+    }
     if hits(fault.abort_share) {
+        if delayed {
+            let (name, value) = match fault.abort_grpc {
+                Some(code) => (ABORT_GRPC_HEADER, code),
+                None => (ABORT_HEADER, fault.abort_status),
+            };
+            host.replace_request_header(name, value.to_string().as_bytes())?;
+            return Ok(Injected::Later);
+        }
         let status = if fault.abort_grpc.is_some() { 200 } else { u16::try_from(fault.abort_status).unwrap_or(500) };
         let mut answer = Answer::new(status, "fault_filter_abort", b"fault filter abort".to_vec());
         answer.grpc = fault.abort_grpc;
-        return Ok(Some(answer));
+        return Ok(Injected::Answer(Box::new(answer)));
     }
-    if fault.delay_ms > 0 && hits(fault.delay_share) {
-        host.replace_request_header(DELAY_HEADER, fault.delay_ms.to_string().as_bytes())?;
-    }
-    Ok(None)
+    Ok(Injected::Nothing)
 }
 
 /// Answers a preflight, or notes what the response is to say.

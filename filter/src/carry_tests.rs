@@ -180,6 +180,17 @@ fn faults() {
 }
 
 #[test]
+fn an_abort_waits_for_the_delay() {
+    let both = Fault { delay_share: ALL, delay_ms: 700, abort_share: ALL, abort_status: 418, ..Fault::default() };
+    let with = |fault: &Fault| Extras { fault: Some(fault.clone()), ..Extras::default() };
+    let delay = || set("x-envoy-fault-delay-request", "700");
+    let mut http = vm(forward(with(&both)));
+    assert_eq!(ask(&mut http, "/p", &[]), on(vec![delay(), set("x-envoy-fault-abort-request", "418")]));
+    let mut grpc = vm(forward(with(&Fault { abort_grpc: Some(14), ..both })));
+    assert_eq!(ask(&mut grpc, "/p", &[]), on(vec![delay(), set("x-envoy-fault-abort-grpc-request", "14")]));
+}
+
+#[test]
 fn answers_of_a_route() {
     let set = |n: &str, v: &str| HeaderOps { set: vec![(n.into(), v.into())], ..HeaderOps::default() };
     let extras = Extras { response: set("content-type", "a/b"), ..Extras::default() };

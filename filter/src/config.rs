@@ -8,6 +8,7 @@
 //! | `role` | `sidecar` or `gateway` | from the node id: `router~…` is a gateway |
 //! | `ips` | list of addresses of the workload | node metadata `INSTANCE_IPS` |
 //! | `locality` | `region/zone/subzone` | the node's locality |
+//! | `dns_capture` | whether names are resolved by a DNS proxy that knows the registry's addresses | node metadata `DNS_CAPTURE` |
 //! | `no_snapshot` | `closed`: refuse until there is a snapshot; `open`: let pass | `closed` |
 //! | `report_decisions` | whether to say why each request or connection was decided as it was, for an access log | false |
 //! | `destination_header` | whether the host says where each request came in, whatever a client says: in the header
@@ -74,6 +75,8 @@ pub struct Config {
     pub ips: Option<Vec<String>>,
     /// `region/zone/subzone`
     pub locality: Option<String>,
+    /// Whether a DNS proxy answers with the registry's addresses.
+    pub dns_capture: Option<bool>,
     /// What to do before there is a snapshot.
     pub no_snapshot: NoSnapshot,
     /// Whether to set [`DECISION`](crate::host::DECISION).
@@ -113,9 +116,10 @@ impl Config {
             role,
             ips: ips(&mut fields)?,
             locality: text(&mut fields, "locality")?,
+            dns_capture: flag(&mut fields, "dns_capture")?,
             no_snapshot: no_snapshot.unwrap_or_default(),
-            report_decisions: flag(&mut fields, "report_decisions")?,
-            destination_header: flag(&mut fields, "destination_header")?,
+            report_decisions: flag(&mut fields, "report_decisions")?.unwrap_or_default(),
+            destination_header: flag(&mut fields, "destination_header")?.unwrap_or_default(),
             subscriber: text(&mut fields, "subscriber")?,
         };
         match fields.keys().next() {
@@ -139,6 +143,9 @@ impl Config {
             role: role.into(),
             ips: self.ips.clone().unwrap_or_else(|| node_ips(host)),
             locality: self.locality.clone().unwrap_or_else(|| node_locality(host)),
+            dns_capture: self
+                .dns_capture
+                .unwrap_or_else(|| string(host, "metadata\0DNS_CAPTURE").is_some_and(|value| value == "true")),
         })
     }
 
@@ -163,10 +170,10 @@ fn text(fields: &mut Map<String, Value>, field: &str) -> Result<Option<String>, 
     }
 }
 
-fn flag(fields: &mut Map<String, Value>, field: &str) -> Result<bool, ConfigError> {
+fn flag(fields: &mut Map<String, Value>, field: &str) -> Result<Option<bool>, ConfigError> {
     match fields.remove(field) {
-        None => Ok(false),
-        Some(Value::Bool(value)) => Ok(value),
+        None => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(value)),
         Some(_) => Err(value_error(field, "true or false")),
     }
 }
@@ -257,7 +264,7 @@ mod tests {
     fn every_field_is_read() {
         let json =
             br#"{"controller":"c","namespace":"n","labels":{"app":"a"},"role":"gateway","ips":["10.0.0.1","::1"],
-            "locality":"r/z","no_snapshot":"open","report_decisions":true,"destination_header":true,"subscriber":"s"}"#;
+            "locality":"r/z","dns_capture":true,"no_snapshot":"open","report_decisions":true,"destination_header":true,"subscriber":"s"}"#;
         let config = Config::parse(json).unwrap();
         let scope = config.scope(&Fake::default()).unwrap();
         let expected = Scope {
@@ -266,6 +273,7 @@ mod tests {
             role: Role::Gateway.into(),
             ips: vec!["10.0.0.1".into(), "::1".into()],
             locality: "r/z".into(),
+            dns_capture: true,
         };
         assert_eq!(scope, expected);
         assert_eq!((config.controller.as_str(), config.no_snapshot), ("c", NoSnapshot::Open));

@@ -15,6 +15,8 @@ pub use envoy_types::pb as envoy;
 
 /// Type URL of [`v1::ListenerPlan`] in delta discovery.
 pub const LISTENER_PLAN_TYPE_URL: &str = "type.googleapis.com/portolan.v1.ListenerPlan";
+/// Type URL of [`v1::DnsName`] in delta discovery.
+pub const DNS_NAME_TYPE_URL: &str = "type.googleapis.com/portolan.v1.DnsName";
 /// Type URL of Envoy's cluster in delta discovery.
 pub const CLUSTER_TYPE_URL: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 /// Type URL of Envoy's listener in delta discovery.

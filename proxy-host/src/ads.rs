@@ -1,12 +1,12 @@
 //! Delta discovery: one stream for listener plans and clusters, opened again with back-off when it ends.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
 use portolan_proto::{
-    CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL,
+    CLUSTER_TYPE_URL, DNS_NAME_TYPE_URL, LISTENER_PLAN_TYPE_URL,
     envoy::{
         envoy::{
             config::core::v3::{Locality, Node},
@@ -44,6 +44,10 @@ pub enum Update {
     Plan(u16, Option<PortPlan>),
     /// All plans of the first answer have been given.
     PlansComplete,
+    /// What is answered for a host by DNS; `None`: the host is no more.
+    Name(String, Option<v1::DnsName>),
+    /// All names of the first answer have been given.
+    NamesComplete,
     /// A cluster that was asked for; `None`: there is none of that name (any more).
     Cluster(String, Option<Box<Spec<Target>>>),
 }
@@ -72,6 +76,7 @@ pub async fn run(
 #[derive(Default)]
 struct Held {
     plans: HashMap<String, String>,
+    names: HashMap<String, String>,
     clusters: HashMap<String, String>,
     subscribed: BTreeSet<String>,
 }
@@ -96,6 +101,14 @@ async fn stream(
         initial_resource_versions: held.plans.clone(),
         ..Default::default()
     });
+    if identity.dns_capture {
+        send(DeltaDiscoveryRequest {
+            type_url: DNS_NAME_TYPE_URL.into(),
+            resource_names_subscribe: vec!["*".into()],
+            initial_resource_versions: held.names.clone(),
+            ..Default::default()
+        });
+    }
     if !held.subscribed.is_empty() {
         send(DeltaDiscoveryRequest {
             type_url: CLUSTER_TYPE_URL.into(),
@@ -170,6 +183,22 @@ impl Held {
                 }
                 give(Update::PlansComplete);
             }
+            DNS_NAME_TYPE_URL => {
+                for resource in response.resources {
+                    match v1::DnsName::decode(resource.resource.unwrap_or_default().value.as_slice()) {
+                        Ok(name) => {
+                            self.names.insert(resource.name.clone(), resource.version);
+                            give(Update::Name(resource.name, Some(name)));
+                        }
+                        Err(error) => refused.push(format!("dns name {}: {error}", resource.name)),
+                    }
+                }
+                for name in response.removed_resources {
+                    self.names.remove(&name);
+                    give(Update::Name(name, None));
+                }
+                give(Update::NamesComplete);
+            }
             CLUSTER_TYPE_URL => {
                 for resource in response.resources {
                     match Spec::decode(&resource.resource.unwrap_or_default().value) {
@@ -223,11 +252,14 @@ fn text(value: &str) -> Value {
 pub fn node(identity: &Identity) -> Node {
     let labels = identity.labels.iter().map(|(key, value)| (key.clone(), text(value))).collect();
     let ips: Vec<_> = identity.ips.iter().map(ToString::to_string).collect();
-    let fields = [
+    let mut fields = BTreeMap::from([
         ("NAMESPACE".to_owned(), text(&identity.namespace)),
         ("LABELS".to_owned(), Value { kind: Some(Kind::StructValue(Struct { fields: labels })) }),
         ("INSTANCE_IPS".to_owned(), text(&ips.join(","))),
-    ];
+    ]);
+    if identity.dns_capture {
+        fields.insert("DNS_CAPTURE".to_owned(), text("true"));
+    }
     let kind = match identity.role {
         Role::Sidecar => "sidecar",
         Role::Gateway => "router",
@@ -237,7 +269,7 @@ pub fn node(identity: &Identity) -> Node {
     let mut locality = identity.locality.split('/').map(str::to_owned);
     Node {
         id: format!("{kind}~{first}~proxy-host.{namespace}~{namespace}.svc.cluster.local"),
-        metadata: Some(Struct { fields: fields.into() }),
+        metadata: Some(Struct { fields: fields.into_iter().collect() }),
         locality: (!identity.locality.is_empty()).then(|| Locality {
             region: locality.next().unwrap_or_default(),
             zone: locality.next().unwrap_or_default(),
@@ -303,10 +335,12 @@ mod tests {
             ips: vec!["1.1.1.1".parse().unwrap()],
             locality: "r/z/s".into(),
             role: Role::Gateway,
+            dns_capture: true,
         };
         let node = node(&identity);
         assert_eq!(node.id, "router~1.1.1.1~proxy-host.shop~shop.svc.cluster.local");
         assert_eq!(node.locality.unwrap().zone, "z");
-        assert_eq!(node.metadata.unwrap().fields["NAMESPACE"], text("shop"));
+        let fields = node.metadata.unwrap().fields;
+        assert_eq!((&fields["NAMESPACE"], &fields["DNS_CAPTURE"]), (&text("shop"), &text("true")));
     }
 }

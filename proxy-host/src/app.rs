@@ -9,6 +9,7 @@
 //! | `access-log` | writes lines |
 
 use std::{
+    cell::RefCell,
     fs, io,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
@@ -33,6 +34,7 @@ use crate::{
     config::{Config, Identity, Role, Source},
     control,
     dns::Resolver,
+    dns_proxy::{self, names::Names},
     exec,
     filter::{Filter, HTTP_ROOT, TCP_ROOT},
     filter_env::Calls,
@@ -120,6 +122,8 @@ pub struct App {
     /// Where the admin listener is.
     pub admin: Option<SocketAddr>,
     gateway: bool,
+    /// Where DNS is answered.
+    pub dns: Option<SocketAddr>,
     stop: watch::Sender<bool>,
     end: watch::Sender<bool>,
     reload: mpsc::UnboundedSender<()>,
@@ -176,7 +180,7 @@ impl App {
         let (stop, stopped) = watch::channel(false);
         let (end, ended) = watch::channel(false);
         let inputs = ControlInputs { needs: needed, reloads, questions: asked, workers: to_workers };
-        let Started { channel, proxy_http_port, controller } = start_control(config.clone(), inputs)?;
+        let Started { channel, proxy_http_port, controller, dns } = start_control(config.clone(), inputs)?;
         if let Some(port) = proxy_http_port
             && !sockets.addresses(Kind::HttpProxy).iter().any(|a| a.port() == port)
         {
@@ -234,8 +238,20 @@ impl App {
         let waiting = workers.len();
         let running = waiting;
         let gateway = config.identity.role == Role::Gateway;
-        let mut app =
-            Self { transparent, http_proxies, admin, gateway, stop, end, reload, reports, workers, waiting, running };
+        let mut app = Self {
+            transparent,
+            http_proxies,
+            admin,
+            dns,
+            gateway,
+            stop,
+            end,
+            reload,
+            reports,
+            workers,
+            waiting,
+            running,
+        };
         let mut listening = 0;
         while listening < app.workers.len() {
             match app.reports.blocking_recv() {
@@ -308,7 +324,8 @@ impl App {
         let proxies = self.http_proxies.iter().map(|a| format!("HTTP proxy on {a}"));
         let admin = self.admin.map(|a| format!("admin on {a}"));
         let gateway = self.gateway.then(|| "the ports of its Gateways".to_owned());
-        let listeners: Vec<_> = gateway.into_iter().chain(transparent).chain(proxies).chain(admin).collect();
+        let dns = self.dns.map(|a| format!("DNS on {a}"));
+        let listeners: Vec<_> = gateway.into_iter().chain(transparent).chain(proxies).chain(dns).chain(admin).collect();
         format!("{}, {} worker threads", listeners.join(", "), self.workers.len())
     }
 
@@ -402,6 +419,7 @@ struct Started {
     channel: Channel,
     proxy_http_port: Option<u16>,
     controller: Option<admin::ControllerState>,
+    dns: Option<SocketAddr>,
 }
 
 /// Starts the control thread.
@@ -425,6 +443,16 @@ fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppEr
                     return;
                 }
             };
+            let dns = match config.dns {
+                Some(address) => match dns_proxy::Sockets::bind(address).await.and_then(|s| Ok((s.address()?, s))) {
+                    Ok(bound) => Some(bound),
+                    Err(error) => {
+                        let _ = started.send(Err(AppError::Bind { address, error }));
+                        return;
+                    }
+                },
+                None => None,
+            };
             let channel = controller.channel.clone();
             let state = controller.embedded().map(|embedded| admin::ControllerState {
                 counters: embedded.counters().clone(),
@@ -434,6 +462,7 @@ fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppEr
                 channel: channel.clone(),
                 proxy_http_port: controller.proxy_http_port,
                 controller: state,
+                dns: dns.as_ref().map(|(address, _)| *address),
             }));
             exec::spawn(async move {
                 while reloads.recv().await.is_some() {
@@ -446,7 +475,16 @@ fn start_control(config: Config, inputs: ControlInputs) -> Result<Started, AppEr
             let (update, updates) = mpsc::unbounded_channel();
             exec::spawn(ads::run(channel, config.identity, names, update));
             let resolver = Resolver::new(&config.name_servers);
-            control::run(needs, updates, wanted, workers, questions, resolver).await;
+            let names = match dns {
+                Some((_, sockets)) => {
+                    let others = dns_proxy::Others::new(&config.name_servers);
+                    let names = Rc::new(RefCell::new(Names::new(others.search.as_deref())));
+                    exec::spawn(dns_proxy::serve(sockets, names.clone(), others));
+                    names
+                }
+                None => Rc::default(),
+            };
+            control::run(needs, updates, wanted, workers, questions, resolver, names).await;
         });
     })?;
     start.recv().map_err(|_| AppError::Thread("control".into()))?
@@ -463,6 +501,7 @@ fn plugins(identity: &Identity, report_decisions: bool) -> Vec<PluginConfig> {
         "labels": identity.labels,
         "role": role,
         "ips": identity.ips,
+        "dns_capture": identity.dns_capture,
         "report_decisions": report_decisions,
         "subscriber": ads::node(identity).id,
     });

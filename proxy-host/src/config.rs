@@ -84,6 +84,11 @@ pub struct Args {
     /// reach it can read the configuration and change the log's level: keep it on loopback
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
     pub admin: Option<SocketAddr>,
+    /// Answer DNS questions here, over UDP and TCP: names of the registry with its own addresses (ServiceEntries without
+    /// addresses get some, so that TCP services on one port can be told apart), all others as the name servers say. Port 53
+    /// of the workload is to be redirected to it, as Istio does with ISTIO_META_DNS_CAPTURE; customarily 127.0.0.1:15053
+    #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
+    pub dns: Option<SocketAddr>,
 
     /// Namespace of the workload that this proxy stands for
     #[arg(long, default_value = "default", help_heading = WORKLOAD)]
@@ -203,6 +208,8 @@ pub struct Identity {
     pub locality: String,
     /// Sidecar or gateway.
     pub role: Role,
+    /// Its names are resolved here, so that allocated addresses count.
+    pub dns_capture: bool,
 }
 
 /// Where the configuration comes from.
@@ -237,6 +244,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Folder of secrets.
     pub credentials: Option<PathBuf>,
+    /// Listener for DNS; goes with [`Identity::dns_capture`].
+    pub dns: Option<SocketAddr>,
     /// Who the proxy stands for.
     pub identity: Identity,
     /// What clients may ask over HTTP.
@@ -292,7 +301,9 @@ impl Config {
                 ips: vec![Ipv4Addr::LOCALHOST.into()],
                 locality: String::new(),
                 role: Role::Sidecar,
+                dns_capture: false,
             },
+            dns: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             cluster_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(5),
@@ -328,7 +339,9 @@ impl From<Args> for Config {
             ips: args.ip,
             locality: args.locality,
             role: args.role,
+            dns_capture: args.dns.is_some(),
         };
+        config.dns = args.dns;
         if let Some(threads) = args.threads {
             config.threads = usize::from(threads);
         }
@@ -350,6 +363,8 @@ mod tests {
         assert_eq!(config.source, Source::Files { paths: vec!["a".into(), "b".into()], mesh: None });
         assert_eq!(config.identity.labels["v"], "1");
         assert_eq!(config.threads, 3);
+        assert!(!config.identity.dns_capture);
+        assert!(parse(&["--config", "a", "--dns", "127.0.0.1:15053"]).unwrap().identity.dns_capture);
         assert_eq!(parse(&["--controller", "c:1"]).unwrap().source, Source::Controller("http://c:1".into()));
     }
 

@@ -2,6 +2,7 @@
 //! asked here, for the clusters that are in use.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
     rc::Rc,
@@ -18,6 +19,7 @@ use tokio::{
 use crate::{
     ads::Update,
     dns::Resolver,
+    dns_proxy::names::Names,
     listener::plan::Plans,
     upstream::{
         EndpointReport, Resolved,
@@ -74,6 +76,7 @@ pub async fn run(
     workers: Vec<mpsc::UnboundedSender<ToWorker>>,
     mut questions: mpsc::UnboundedReceiver<Question>,
     resolver: Resolver,
+    names: Rc<RefCell<Names>>,
 ) {
     let (resolved, mut resolutions) = mpsc::unbounded_channel();
     let mut table = Table {
@@ -81,6 +84,7 @@ pub async fn run(
         plans: Plans::default(),
         generation: 0,
         resolver: Rc::new(resolver),
+        names,
         resolved,
         wanted,
         workers,
@@ -106,6 +110,8 @@ struct Table {
     plans: Plans,
     generation: u64,
     resolver: Rc<Resolver>,
+    /// What DNS clients are told.
+    names: Rc<RefCell<Names>>,
     resolved: mpsc::UnboundedSender<Resolution>,
     wanted: mpsc::UnboundedSender<String>,
     workers: Vec<mpsc::UnboundedSender<ToWorker>>,
@@ -177,6 +183,8 @@ impl Table {
                 self.plans.0.remove(&port);
             }
             Update::PlansComplete => self.tell(&ToWorker::Plans(Arc::new(self.plans.clone()))),
+            Update::Name(host, answer) => self.names.borrow_mut().set(&host, answer.as_ref()),
+            Update::NamesComplete => self.names.borrow_mut().complete(),
             Update::Cluster(name, None) => {
                 self.clusters.remove(&name);
                 self.tell(&ToWorker::Cluster(name, None));
@@ -375,6 +383,7 @@ mod tests {
                     vec![first, second],
                     mpsc::unbounded_channel().1,
                     Resolver::default(),
+                    Rc::default(),
                 ));
                 for worker in 0..2 {
                     need.send(Need { worker, cluster: "c".into() }).unwrap();

@@ -22,6 +22,7 @@ pub mod control;
 pub mod controller;
 pub mod controller_tls;
 pub mod dns;
+pub mod dns_proxy;
 pub mod exec;
 pub mod filter;
 pub mod filter_env;

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use self::policy::{Ended, back_off};
 pub use self::{
     failure::{Failure, Tries},
-    policy::{Policy, delay},
+    policy::{Policy, abort, delay},
 };
 use crate::{
     access_log::Entry,

@@ -12,6 +12,7 @@ mod gateway_tls;
 pub mod gateways;
 mod http_routes;
 mod l4_routes;
+mod names;
 pub mod needs;
 mod ports;
 mod rows;
@@ -24,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
-use portolan_proto::v1::{Inspection, ListenerPlan};
+use portolan_proto::v1::{DnsName, Inspection, ListenerPlan};
 use portolan_registry::object::{ClusterName, Namespace};
 use portolan_registry::route::HashKey;
 use portolan_registry::row::{CatchAll, Choice, Globals, Origin, Row, RowKey};
@@ -90,6 +91,8 @@ pub struct Update {
     pub plans: Vec<u16>,
     /// Host names, in lower case, whose clusters may have changed.
     pub hosts: Vec<Arc<str>>,
+    /// Host names whose answer by a DNS proxy changed or went.
+    pub names: Vec<Arc<str>>,
     /// Conflicts at the keys that were computed.
     pub conflicts: Vec<Conflict>,
 }
@@ -124,6 +127,7 @@ pub struct Compiler {
     ports: BTreeMap<u16, PortState>,
     plans: BTreeMap<u16, ListenerPlan>,
     writer: Writer,
+    names: BTreeMap<Arc<str>, DnsName>,
     dirty_hosts: BTreeSet<Arc<str>>,
     /// Hosts whose clusters alone may have changed.
     dirty_clusters: BTreeSet<Arc<str>>,
@@ -144,7 +148,7 @@ pub fn compile(objects: impl IntoIterator<Item = Object>, scope: Scope, mesh: Me
 impl Compiler {
     /// A compiler without objects. Changed settings of the mesh need a new one.
     pub fn new(scope: Scope, mesh: MeshConfig) -> Self {
-        let cx = Context { scope, mesh, dns_capture: false, imports: None };
+        let cx = Context { scope, mesh, imports: None };
         let mut compiler = Compiler {
             cx,
             sidecars: Sidecars::default(),
@@ -163,6 +167,7 @@ impl Compiler {
             ports: BTreeMap::new(),
             plans: BTreeMap::new(),
             writer: Writer::new(),
+            names: BTreeMap::new(),
             dirty_hosts: BTreeSet::new(),
             dirty_rows: BTreeSet::new(),
             dirty_ports: BTreeSet::new(),
@@ -203,7 +208,7 @@ impl Compiler {
     /// Says that the subscriber's names are resolved by a DNS proxy that answers with auto-allocated addresses. To be
     /// said before the first change.
     pub fn with_dns_capture(mut self, dns_capture: bool) -> Self {
-        self.cx.dns_capture = dns_capture;
+        self.cx.scope.dns_capture = dns_capture;
         self
     }
 
@@ -349,6 +354,7 @@ impl Compiler {
         let about = |host: &&Arc<str>| predicates::is_host_subset(host, &of);
         let hosts: Vec<Arc<str>> = self.hosts.keys().filter(about).cloned().collect();
         if self.rules.hash() {
+            self.gateways.dirty = true;
             hosts.iter().for_each(|host| self.touch(host));
         }
         self.dirty_clusters.extend(hosts);
@@ -444,6 +450,9 @@ impl Compiler {
                 self.dirty_ports.insert(port);
             }
         }
+        if self.cx.scope.dns_capture {
+            self.commit_names(&dirty, &mut update);
+        }
         if !self.virtual_services.is_idle() || began {
             self.assign_virtual_services(&dirty, &mut update.conflicts);
         }
@@ -530,6 +539,25 @@ impl Compiler {
                     None => drop(self.plans.remove(&port)),
                 }
             }
+        }
+    }
+
+    /// Brings up to date what a DNS proxy answers.
+    fn commit_names(&mut self, dirty: &BTreeSet<Arc<str>>, update: &mut Update) {
+        for key in dirty {
+            let state = self.hosts.get(key);
+            let resolved = state.and_then(|state| service::resolve(&state.members, &state.aliases, &self.cx));
+            let name = state
+                .zip(resolved.as_ref())
+                .and_then(|(state, resolved)| names::answer(key, resolved, &state.members, &self.workloads, &self.cx));
+            if self.names.get(key) == name.as_ref() {
+                continue;
+            }
+            match name {
+                Some(name) => drop(self.names.insert(key.clone(), name)),
+                None => drop(self.names.remove(key)),
+            }
+            update.names.push(key.clone());
         }
     }
 
@@ -678,6 +706,11 @@ impl Compiler {
         if self.cx.gateway() { &self.gateways.needs } else { self.virtual_services.needs() }
     }
 
+    /// What a DNS proxy answers, by host.
+    pub fn names(&self) -> &BTreeMap<Arc<str>, DnsName> {
+        &self.names
+    }
+
     /// The mesh's `proxyHttpPort`.
     pub fn proxy_http_port(&self) -> Option<u16> {
         self.cx.mesh.proxy_http_port
@@ -685,10 +718,13 @@ impl Compiler {
 
     /// Builds the cluster of this name; `None`: there is none (SEMANTICS 2.7).
     pub fn cluster(&self, name: &str) -> Option<Cluster> {
-        if let Some(cluster) = cluster::special(name, &self.cx) {
-            return Some(cluster);
-        }
-        let named = cluster::parse(name)?;
+        // What would go past the registry goes to the Sidecar's egressProxy, where it has one.
+        let instead = self.cx.imports.as_ref().and_then(|imports| imports.egress_proxy.as_deref());
+        let named = match cluster::special(name, &self.cx) {
+            Some(cluster) if instead.is_none() => return Some(cluster),
+            Some(_) => cluster::parse(instead?)?,
+            None => cluster::parse(name)?,
+        };
         let state = self.hosts.get(&*group_key(named.host))?;
         let resolved = service::resolve(&state.members, &state.aliases, &self.cx)?;
         let rule = |namespace: &str, host: &str| self.rules.of(namespace, host, &self.cx);

@@ -19,8 +19,6 @@ use crate::model::{
 pub(crate) struct Context {
     pub(crate) scope: Scope,
     pub(crate) mesh: MeshConfig,
-    /// The subscriber answers DNS itself, so that auto-allocated addresses count.
-    pub(crate) dns_capture: bool,
     /// What the subscriber's Sidecar imports; `None`: everything visible.
     pub(crate) imports: Option<Imports>,
 }
@@ -422,17 +420,21 @@ fn address(text: &str) -> Option<Addr> {
 /// (SEMANTICS 2.9): the last of the subscriber's family in the status.
 fn auto_address(member: &Member, cx: &Context) -> Option<IpAddr> {
     let Source::Entry(entry) = &member.source else { return None };
-    let refused = entry.meta.labels.get("networking.istio.io/enable-autoallocate-ip");
-    let wildcard = member.host.starts_with('*') && entry.resolution != Resolution::DynamicDns;
-    let entitled = entry.resolution != Resolution::None
-        && entry.addresses.is_empty()
-        && !wildcard
-        && !refused.is_some_and(|v| v.eq_ignore_ascii_case("false"));
-    if !cx.dns_capture || !entitled {
+    if !cx.scope.dns_capture || !may_have_virtual_address(entry, &member.host) {
         return None;
     }
     let of_host = entry.status_addresses.iter().rev().filter(|(_, host)| host.eq_ignore_ascii_case(&member.host));
     of_host.filter_map(|(a, _)| a.parse::<IpAddr>().ok()).find(|a| a.is_ipv6() == cx.v6_only())
+}
+
+/// Whether an entry's host is entitled to an allocated address (SEMANTICS 2.9).
+pub(crate) fn may_have_virtual_address(entry: &ServiceEntry, host: &str) -> bool {
+    let refused = entry.meta.labels.get("networking.istio.io/enable-autoallocate-ip");
+    let wildcard = host.starts_with('*') && entry.resolution != Resolution::DynamicDns;
+    entry.resolution != Resolution::None
+        && entry.addresses.is_empty()
+        && !wildcard
+        && !refused.is_some_and(|v| v.eq_ignore_ascii_case("false"))
 }
 
 /// Further names of a host (SEMANTICS 1.5): those that a Kubernetes name shortens to within the cluster.

@@ -54,6 +54,8 @@ pub(crate) struct Imports {
     pub(crate) listeners: Vec<Listener>,
     /// What happens to unknown destinations, where the Sidecar says so.
     pub(crate) outbound: Option<OutboundMode>,
+    /// The cluster that what would pass through goes to instead.
+    pub(crate) egress_proxy: Option<String>,
 }
 
 /// An egress listener.
@@ -79,15 +81,22 @@ impl Imports {
             Mode::AllowAny => OutboundMode::AllowAny,
             Mode::RegistryOnly | Mode::Other(_) => OutboundMode::RegistryOnly,
         });
+        let proxy = spec.outbound_traffic_policy.as_ref().and_then(|policy| policy.egress_proxy.as_ref());
+        let egress_proxy = proxy.filter(|_| outbound == Some(OutboundMode::AllowAny)).map(|to| {
+            let port = to.port.as_ref().map_or(0, |port| port.number);
+            format!("outbound|{port}|{}|{}", to.subset, to.host)
+        });
         if spec.egress.is_empty() {
             let all = Host { namespace: None, name: "*".into() };
             return Imports {
                 listeners: vec![Listener { port: None, hosts: vec![all], excluded: Vec::new() }],
                 outbound,
+                egress_proxy,
             };
         }
         let listeners = spec.egress.iter().filter(|listener| is_captured(listener));
-        Imports { listeners: listeners.map(|listener| Listener::new(listener, namespace)).collect(), outbound }
+        let listeners = listeners.map(|listener| Listener::new(listener, namespace)).collect();
+        Imports { listeners, outbound, egress_proxy }
     }
 
     /// Whether another listener has this port, so that the one without a port adds nothing to it.
@@ -109,9 +118,6 @@ pub fn unserved(spec: &Sidecar) -> Vec<&'static str> {
     let mut out = Vec::new();
     if !spec.egress.iter().all(is_captured) {
         out.push("egress listeners with a socket of their own (bind, captureMode NONE, HTTP_PROXY)");
-    }
-    if spec.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.egress_proxy.is_some()) {
-        out.push("egressProxy");
     }
     if !spec.ingress.is_empty() || spec.inbound_connection_pool.is_some() {
         out.push("inbound traffic");

@@ -406,8 +406,9 @@ pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
         {
             out.insert("retries.backoff, retryRemoteLocalities and retryIgnorePreviousHosts: the defaults hold");
         }
-        if route.fault.as_ref().is_some_and(|fault| fault.delay.is_some() && fault.abort.is_some()) {
-            out.insert("fault.delay of a request that fault.abort ends: it is answered at once");
+        let answered = route.redirect.is_some() || route.direct_response.is_some();
+        if answered && route.fault.as_ref().is_some_and(|fault| fault.delay.is_some()) {
+            out.insert("fault.delay of a redirect or directResponse: it is answered at once");
         }
     }
     out.into_iter().collect()

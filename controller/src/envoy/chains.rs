@@ -15,7 +15,7 @@ use portolan_proto::envoy::envoy::extensions::filters::common::fault::v3::{Fault
 use portolan_proto::envoy::envoy::extensions::filters::common::set_filter_state::v3::{
     FilterStateValue, filter_state_value,
 };
-use portolan_proto::envoy::envoy::extensions::filters::http::fault::v3::HttpFault;
+use portolan_proto::envoy::envoy::extensions::filters::http::fault::v3::{FaultAbort, HttpFault, fault_abort};
 use portolan_proto::envoy::envoy::extensions::filters::http::on_demand::v3::{OnDemand, OnDemandCds};
 use portolan_proto::envoy::envoy::extensions::filters::http::router::v3::Router;
 use portolan_proto::envoy::envoy::extensions::filters::http::wasm::v3::Wasm as HttpWasm;
@@ -357,14 +357,19 @@ fn on_demand() -> OnDemand {
     OnDemand { odcds: Some(source) }
 }
 
-/// Delays that the filter orders; a client's own order has been removed by then.
+/// Delays, and answers after them, that the filter orders; a client's own order has been removed by then.
 fn fault() -> HttpFault {
     let always = FractionalPercent { numerator: 100, ..FractionalPercent::default() };
     let delay = FaultDelay {
         percentage: Some(always),
         fault_delay_secifier: Some(fault_delay::FaultDelaySecifier::HeaderDelay(fault_delay::HeaderDelay {})),
     };
-    HttpFault { delay: Some(delay), ..HttpFault::default() }
+    let abort = FaultAbort {
+        percentage: Some(always),
+        error_type: Some(fault_abort::ErrorType::HeaderAbort(fault_abort::HeaderAbort {})),
+        ..FaultAbort::default()
+    };
+    HttpFault { delay: Some(delay), abort: Some(abort), ..HttpFault::default() }
 }
 
 /// Says where a request came in, in place of whatever its client says there.

@@ -10,7 +10,8 @@ use axum::routing::get;
 use axum::{Json, Router};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 
@@ -100,6 +101,14 @@ async fn metrics(State(admin): State<Admin>) -> Response {
         let sizes = overview.scopes.iter().flat_map(|(_, p)| p.pages.iter().map(|page| page.data.len()));
         registry.register("snapshot_bytes", "Size of all compiled snapshots", gauge(sizes.sum()));
     }
+    // Conflicts between resources are among them.
+    let findings = Family::<Vec<(&str, String)>, Gauge>::default();
+    for ((gate, severity, code), count) in admin.controller.status().findings() {
+        let text = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+        let labels = vec![("gate", text(&gate)), ("severity", text(&severity)), ("code", code.to_owned())];
+        findings.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+    registry.register("findings", "Findings about resources that are in force", findings);
     let mut text = String::new();
     match encode(&mut text, &registry) {
         Ok(()) => {
@@ -136,5 +145,8 @@ async fn dump(State(admin): State<Admin>) -> Response {
     });
     let scopes: Vec<Value> = scopes.collect();
     let sessions = admin.controller.counters().sessions.all();
-    Json(json!({ "objects": objects, "scopes": scopes, "subscribers": sessions })).into_response()
+    let addresses: serde_json::Map<String, Value> =
+        overview.addresses.into_iter().map(|(host, both)| (host, json!(both))).collect();
+    let all = json!({ "objects": objects, "scopes": scopes, "subscribers": sessions, "addresses": addresses });
+    Json(all).into_response()
 }

@@ -14,7 +14,7 @@ use portolan_proto::envoy::envoy::service::discovery::v3::{
 };
 use portolan_proto::envoy::google::protobuf::{Any, Value, value::Kind};
 use portolan_proto::v1::ListenerPlan;
-use portolan_proto::{CLUSTER_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
+use portolan_proto::{CLUSTER_TYPE_URL, DNS_NAME_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -30,7 +30,7 @@ use crate::cluster;
 use crate::envoy::listeners::Renderer;
 use crate::envoy::settings::Settings;
 use crate::model::{Role, Scope};
-use crate::publish::{Published, Publisher};
+use crate::publish::{Names, Published, Publisher};
 
 pub(super) struct Service {
     publisher: Publisher,
@@ -185,6 +185,8 @@ struct Stream {
     node: Node,
     session: Listed,
     listeners: Option<Listeners>,
+    /// Names as they were sent last.
+    names: Option<Arc<Names>>,
     published: watch::Receiver<Arc<Published>>,
     subscriptions: BTreeMap<String, Subscription>,
     /// Clusters that get copies of requests, and are sent unasked: an Envoy asks only for those of the requests themselves.
@@ -221,6 +223,7 @@ async fn serve(
         node,
         session,
         listeners,
+        names: None,
         published,
         subscriptions,
         mirrored: BTreeSet::new(),
@@ -280,6 +283,7 @@ impl Stream {
         match url.as_str() {
             LISTENER_PLAN_TYPE_URL => self.send_plans(&wanted, true).await,
             LISTENER_TYPE_URL => self.send_listeners(&wanted, true).await,
+            DNS_NAME_TYPE_URL => self.send_names(&wanted, true).await,
             CLUSTER_TYPE_URL => {
                 let mut names = wanted;
                 if first && let Some(subscription) = self.subscriptions.get(&url) {
@@ -303,6 +307,9 @@ impl Stream {
         }
         if self.subscriptions.contains_key(LISTENER_TYPE_URL) {
             self.send_listeners(&[], false).await?;
+        }
+        if self.subscriptions.contains_key(DNS_NAME_TYPE_URL) {
+            self.send_names(&[], false).await?;
         }
         let since = std::mem::replace(&mut self.seen, version);
         let Some(subscription) = self.subscriptions.get(CLUSTER_TYPE_URL) else { return Ok(()) };
@@ -353,6 +360,24 @@ impl Stream {
             .map(|(name, version, plan)| resource(name, version.clone(), LISTENER_PLAN_TYPE_URL, plan.encode_to_vec()));
         let resources = resources.collect();
         self.send(LISTENER_PLAN_TYPE_URL, resources, changes).await
+    }
+
+    /// The same for what a DNS proxy answers.
+    async fn send_names(&mut self, wanted: &[String], answer: bool) -> Result<(), Status> {
+        let published = self.published.borrow().clone();
+        if !answer && self.names.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &published.names)) {
+            return Ok(());
+        }
+        self.names = Some(published.names.clone());
+        let Some(subscription) = self.subscriptions.get_mut(DNS_NAME_TYPE_URL) else { return Ok(()) };
+        let all = published.names.iter().map(|(name, held)| (name, &held.version));
+        let mut changes = subscription.changes(all, wanted);
+        changes.answer = answer;
+        let differ = published.names.iter().filter(|(name, _)| changes.differ.contains(*name));
+        let resources = differ
+            .map(|(name, held)| resource(name, held.version.clone(), DNS_NAME_TYPE_URL, held.bytes.clone()))
+            .collect();
+        self.send(DNS_NAME_TYPE_URL, resources, changes).await
     }
 
     /// The same for the listeners of an Envoy.
@@ -495,5 +520,6 @@ fn scope(node: &Node) -> Scope {
     let locality = node.locality.as_ref().map_or_else(String::new, |l| {
         [&l.region, &l.zone, &l.sub_zone].map(String::as_str).join("/").trim_end_matches('/').to_owned()
     });
-    Scope { namespace, labels, role, ips, locality }
+    let dns_capture = matches!(field("DNS_CAPTURE"), Some(Kind::StringValue(value)) if value == "true");
+    Scope { namespace, labels, role, ips, locality, dns_capture }
 }

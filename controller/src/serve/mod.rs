@@ -95,5 +95,12 @@ pub fn router(publisher: Publisher, counters: Arc<Counters>) -> Routes {
 fn scope(scope: v1::Scope) -> Scope {
     let role = if scope.role() == v1::Role::Gateway { Role::Gateway } else { Role::Sidecar };
     let labels: BTreeMap<_, _> = scope.labels.into_iter().collect();
-    Scope { namespace: scope.namespace, labels, role, ips: scope.ips, locality: scope.locality }
+    Scope {
+        namespace: scope.namespace,
+        labels,
+        role,
+        ips: scope.ips,
+        locality: scope.locality,
+        dns_capture: scope.dns_capture,
+    }
 }

@@ -52,6 +52,9 @@ pub struct Scope {
     /// region/zone/subzone
     #[prost(string, tag = "5")]
     pub locality: ::prost::alloc::string::String,
+    /// Names are resolved by a DNS proxy that answers with the addresses that the controller allocates.
+    #[prost(bool, tag = "6")]
+    pub dns_capture: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ack {
@@ -534,4 +537,15 @@ pub struct Inspection {
     /// False: every connection is TCP.
     #[prost(bool, tag = "2")]
     pub http: bool,
+}
+/// What a DNS proxy answers for a host of the registry. One resource for each host, named by it, in delta discovery under
+/// the type URL `type.googleapis.com/portolan.v1.DnsName`.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DnsName {
+    /// All names of the host, in lower case without a trailing dot; `*.` before one stands for at least one label.
+    #[prost(string, repeated, tag = "1")]
+    pub names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// IPv4 and IPv6 addresses. A family that there is none of has an empty answer.
+    #[prost(string, repeated, tag = "2")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

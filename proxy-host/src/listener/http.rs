@@ -130,6 +130,15 @@ async fn answer(
         return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
     };
     let delay = router::delay(&mut head.headers);
+    if let Some((status, grpc)) = router::abort(&mut head.headers) {
+        if let Some(delay) = delay {
+            exchange.entry.flags = "DI";
+            Box::pin(tokio::time::sleep(delay)).await;
+        }
+        exchange.entry.flags = flags::join(exchange.entry.flags, "FI");
+        exchange.entry.reason = Some("fault_filter_abort".into());
+        return Ok(exchange.reply(status, Bytes::from_static(b"fault filter abort"), grpc));
+    }
     let orders = headers::take_orders(&mut head.headers);
     let found = worker.cluster(&name).await;
     exchange.entry.cluster = Some(name);

@@ -210,6 +210,18 @@ pub fn delay(headers: &mut HeaderMap) -> Option<Duration> {
     Some(Duration::from_millis(ms).min(LONGEST)).filter(|delay| !delay.is_zero())
 }
 
+/// Takes out the order to answer a request in place of the upstream: the status, and that of gRPC.
+pub fn abort(headers: &mut HeaderMap) -> Option<(StatusCode, Option<u32>)> {
+    let http = headers.remove("x-envoy-fault-abort-request");
+    let grpc = headers.remove("x-envoy-fault-abort-grpc-request");
+    let number = |value: HeaderValue| value.to_str().ok()?.trim().parse::<u32>().ok();
+    if let Some(code) = grpc.and_then(number) {
+        return Some((StatusCode::OK, Some(code)));
+    }
+    let status = u16::try_from(http.and_then(number)?).ok()?;
+    Some((StatusCode::from_u16(status).ok()?, None))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
