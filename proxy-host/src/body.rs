@@ -113,6 +113,12 @@ pub enum RequestBody {
 }
 
 impl RequestBody {
+    /// No body.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::Copy(replay::Copy::default())
+    }
+
     /// Counts into `received`.
     #[must_use]
     pub fn new(inner: Incoming, received: Rc<Received>) -> Self {

@@ -155,6 +155,9 @@ pub struct HttpArgs {
     /// answered with 408 (HTTP/1.1) or left with a GOAWAY (HTTP/2). 0s: as long as it likes
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub request_headers_timeout: Duration,
+    /// Take requests of HTTP/1.0, which are answered with 426 otherwise, as under Istio without ISTIO_META_HTTP10
+    #[arg(long)]
+    pub accept_http_10: bool,
     /// How long a request may go without a byte either way, before its answer or within it: then it is answered with
     /// 408, or 504 once the client has said all, or reset where its answer has begun. 0s: as long as it likes, which is
     /// the default, as under Istio; of `proxy-host filter` it is 5m, as of Envoy
@@ -174,6 +177,7 @@ impl HttpArgs {
             headers: self.max_headers.into(),
             streams: self.max_streams,
             header_time: self.request_headers_timeout,
+            http10: self.accept_http_10,
             stream_idle: self.stream_idle_timeout.unwrap_or(stream_idle),
             connection_idle: self.connection_idle_timeout,
         }

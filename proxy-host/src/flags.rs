@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 
 /// Flags in the order in which Envoy writes them.
-const ORDER: [&str; 17] =
-    ["UH", "UT", "LR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "DC", "URX", "SI", "DPE", "UPE", "NC", "DF"];
+const ORDER: [&str; 18] =
+    ["UH", "UT", "LR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "DC", "URX", "SI", "DPE", "UPE", "NC", "DT", "DF"];
 
 thread_local! {
     /// The combinations met on this thread; there are few, and they are never given back.

@@ -51,7 +51,7 @@ enum State {
 }
 
 /// A body that is known as a whole.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Copy(VecDeque<Kept>);
 
 impl Copy {

@@ -8,7 +8,7 @@ mod policy;
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header::HOST};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 
 use self::policy::{Ended, back_off};
 pub use self::{
@@ -91,7 +91,14 @@ enum Source {
     /// Gone with the first attempt that sends it.
     Once(Option<Request<RequestBody>>),
     /// Made anew for each attempt.
-    Held { method: Method, uri: Uri, version: Version, headers: HeaderMap, body: Rc<Held> },
+    Held {
+        method: Method,
+        uri: Uri,
+        version: Version,
+        headers: HeaderMap,
+        /// `None`: there is none.
+        body: Option<Rc<Held>>,
+    },
 }
 
 impl Source {
@@ -99,7 +106,8 @@ impl Source {
         match self {
             Self::Once(request) => request.take(),
             Self::Held { method, uri, version, headers, body } => {
-                let mut request = Request::new(RequestBody::Held(body.read()));
+                let body = body.as_ref().map_or_else(RequestBody::none, |body| RequestBody::Held(body.read()));
+                let mut request = Request::new(body);
                 *request.method_mut() = method.clone();
                 *request.uri_mut() = uri.clone();
                 *request.version_mut() = *version;
@@ -113,14 +121,14 @@ impl Source {
     fn is_left(&self) -> bool {
         match self {
             Self::Once(request) => request.is_some(),
-            Self::Held { body, .. } => body.is_whole(),
+            Self::Held { body, .. } => body.as_ref().is_none_or(|body| body.is_whole()),
         }
     }
 
     fn body(&self) -> Option<&Rc<Held>> {
         match self {
             Self::Once(_) => None,
-            Self::Held { body, .. } => Some(body),
+            Self::Held { body, .. } => body.as_ref(),
         }
     }
 }
@@ -167,27 +175,31 @@ pub async fn send(
         control.go_on();
     }
     let policy = Policy::take(&mut head.headers, grpc, own_retries);
-    if policy.repeats || policy.timeout.is_some() || !mirrors.is_empty() {
+    // A server of HTTP/2 may refuse a stream, as it does at its own end.
+    let repeats = policy.repeats || http2 && !body.is_end_stream();
+    if repeats || policy.timeout.is_some() || !mirrors.is_empty() {
         let body = Held::new(body, received);
         for mirror in mirrors {
             mirror::start(worker, mirror, head.clone(), &body, client, policy.timeout);
         }
         let (method, uri, headers) = towards(head, http2)?;
         let version = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
-        let source = Source::Held { method, uri, version, headers, body };
+        let source = Source::Held { method, uri, version, headers, body: Some(body) };
         // Rare, and its state must not weigh on each request.
         let way = Way { worker, cluster, wanted, http2, expects };
         return Box::pin(way.within(source, policy, entry)).await;
     }
     let (method, uri, headers) = towards(head, http2)?;
-    let mut request = Request::new(RequestBody::new(body, received));
-    *request.method_mut() = method;
-    *request.uri_mut() = uri;
-    if http2 {
-        *request.version_mut() = Version::HTTP_2;
-    }
-    *request.headers_mut() = headers;
-    let source = Source::Once(Some(request));
+    let source = if http2 {
+        received.end();
+        Source::Held { method, uri, version: Version::HTTP_2, headers, body: None }
+    } else {
+        let mut request = Request::new(RequestBody::new(body, received));
+        *request.method_mut() = method;
+        *request.uri_mut() = uri;
+        *request.headers_mut() = headers;
+        Source::Once(Some(request))
+    };
     let way = Way { worker, cluster, wanted, http2, expects };
     let (response, lease) = way.attempts(source, policy, entry, &mut Progress::default()).await?;
     Ok(Answered { response, lease, deadline: None })
@@ -260,6 +272,7 @@ impl Way<'_> {
     ) -> Result<(Response<Incoming>, Lease), Failure> {
         let mut tried = Vec::new();
         let mut retry = 0;
+        let apart = self.cluster.apart(self.wanted);
         loop {
             let chosen = choose(self.worker, self.cluster, self.wanted, &tried).await;
             let endpoint = progress.endpoint.insert(chosen.map_err(Failure::Choose)?).clone();
@@ -276,8 +289,7 @@ impl Way<'_> {
                 policy.announce(request.headers_mut(), entry.elapsed());
             }
             let limit = policy.per_try.map(|time| (time, source.body().cloned()));
-            let host = self.cluster.host_of(self.wanted);
-            let failure = match http::send(self.cluster, &endpoint, request, self.http2, host, limit).await {
+            let failure = match http::send(self.cluster, &endpoint, request, self.http2, apart.as_ref(), limit).await {
                 Ok((response, lease)) => {
                     entry.upstream = Some(lease.address.to_string());
                     self.cluster.note(&endpoint, Outcome::Status(response.status().as_u16()));
@@ -385,7 +397,7 @@ pub async fn connect(
     let endpoint = choose(worker, cluster, wanted, &[]).await.map_err(Failure::Choose)?;
     entry.upstream = endpoint.address().map(ToString::to_string);
     let active = endpoint.begin();
-    let connected = cluster.connect(&endpoint).await;
+    let connected = cluster.connect(&endpoint, wanted).await;
     let (stream, address) = connected.map_err(|error| match error {
         ConnectError::Overflow => Failure::Overflow(Tries::default()),
         error => Failure::Connect(error, Tries::default()),

@@ -89,3 +89,24 @@ fn a_line_of_the_access_log_says_why_for_allowed_and_refused_requests() {
     let line = lines.recv_timeout(PATIENCE).unwrap();
     assert!(line.ends_with(" \"portolan_denied{blocked}\" \"blocked\"\n"), "{line}");
 }
+
+#[test]
+fn listener_plans_are_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = origin("first", Duration::ZERO);
+    let resources = [
+        entry("a", "a.test", HTTP, first),
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: b, namespace: default}\nspec:\n  \
+         hosts: [b.test]\n  addresses: [198.18.5.0/24]\n  resolution: NONE\n  \
+         ports: [{number: 80, name: tcp, protocol: TCP}]\n"
+            .to_owned(),
+    ];
+    let (app, _lines) = start(dir.path(), &resources.concat(), |_| {});
+    until(admin(&app), "/ready", "LIVE");
+    let dump = until(admin(&app), "/config_dump", "\"80\": {");
+    let json: serde_json::Value = serde_json::from_str(dump.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let plan = &json["listener_plans"]["80"];
+    assert_eq!(plan["wildcard"], serde_json::json!({ "tls": false, "http": true }), "{plan}");
+    assert_eq!(plan["tcp_prefixes"], serde_json::json!(["198.18.5.0/24"]), "{plan}");
+    assert!(plan["addresses"].is_object(), "{plan}");
+}

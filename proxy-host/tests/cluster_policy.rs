@@ -143,6 +143,19 @@ fn an_endpoint_that_fails_is_left_out() {
 }
 
 #[test]
+fn a_rule_may_say_which_statuses_are_failures() {
+    for (failing, failures) in [(418, 2), (500, 10)] {
+        let dir = tempfile::tempdir().unwrap();
+        let policy = "loadBalancer: {simple: ROUND_ROBIN}, outlierDetection: {consecutive5xxErrors: 2, \
+                      outlierDetectionHttpErrorCodes: [404, 418], baseEjectionTime: 1h, maxEjectionPercent: 100}";
+        let (app, _log) = proxy(&dir, &(two(status(200), status(failing)) + &rule(policy)));
+        let answers: Vec<_> = (0..20).map(|_| get(app.http_proxies[0], "http://a.test/")).collect();
+        let failed = answers.iter().filter(|answer| answer.starts_with(&format!("HTTP/1.1 {failing}"))).count();
+        assert_eq!(failed, failures, "{failing}");
+    }
+}
+
+#[test]
 fn where_all_endpoints_are_left_out_there_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let policy = "outlierDetection: {consecutiveGatewayErrors: 1, baseEjectionTime: 1h, maxEjectionPercent: 100}";
@@ -228,4 +241,83 @@ fn a_timeout_of_the_rules_is_kept() {
     let (app, log) = proxy(&dir, &(entry("a", "a.test", HTTP, origin) + &service(timed)));
     assert!(get(app.http_proxies[0], "http://a.test/").starts_with("HTTP/1.1 504"));
     assert!(log.recv_timeout(PATIENCE).unwrap().contains("\" 504 UT"));
+}
+
+#[test]
+fn answers_of_the_proxys_own_have_the_headers_of_the_rules() {
+    // Nobody listens there.
+    let nowhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let rules = "route: [{destination: {host: a.test}}], headers: {response: {set: {x-said: rules}, remove: [server]}}";
+    let (app, _log) = proxy(&dir, &[entry("a", "a.test", HTTP, nowhere), service(rules)].concat());
+    let answer = get(app.http_proxies[0], "http://a.test/");
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(answer.contains("\r\nx-said: rules\r\n") && !answer.contains("\r\nserver: "), "{answer}");
+    assert!(answer.contains("upstream connect error"), "{answer}");
+}
+
+/// An origin that tells what came before each request on a connection, and answers.
+fn after_a_header(
+    length: impl Fn(&mut http_support::Peer) -> std::io::Result<Vec<u8>> + Send + Sync + 'static,
+) -> (SocketAddr, Receiver<Vec<u8>>) {
+    let (sender, headers) = channel();
+    let address = origin(move |mut peer, _| {
+        // The test may not care.
+        let _ = sender.send(length(&mut peer)?);
+        loop {
+            peer.request()?;
+            peer.say("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
+        }
+    });
+    (address, headers)
+}
+
+fn line(peer: &mut http_support::Peer) -> std::io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    while !line.ends_with(b"\r\n") {
+        line.extend(peer.take(1)?);
+    }
+    Ok(line)
+}
+
+#[test]
+fn an_upstream_is_told_of_each_client_by_the_proxy_protocol() {
+    let (origin, headers) = after_a_header(line);
+    let dir = tempfile::tempdir().unwrap();
+    let resources = [entry("a", "a.test", HTTP, origin), rule("proxyProtocol: {version: V1}")].concat();
+    let (app, _log) = proxy(&dir, &resources);
+    let address = app.http_proxies[0];
+    let mut clients: Vec<_> = (0..2).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+    for client in &mut clients {
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        // The second request of a client goes over the connection of its first.
+        for _ in 0..2 {
+            std::io::Write::write_all(client, b"GET http://a.test/ HTTP/1.1\r\nHost: a.test\r\n\r\n").unwrap();
+            let head = proxy_support::read_head(client).unwrap();
+            assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+            client.read_exact(&mut [0; 2]).unwrap();
+        }
+        let port = client.local_addr().unwrap().port();
+        let expected = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {port} {}\r\n", address.port());
+        assert_eq!(String::from_utf8(headers.recv_timeout(PATIENCE).unwrap()).unwrap(), expected);
+    }
+    assert!(headers.try_recv().is_err());
+}
+
+#[test]
+fn the_proxy_protocol_begins_tcp_connections_too() {
+    let (origin, headers) = after_a_header(|peer| peer.take(28));
+    let dir = tempfile::tempdir().unwrap();
+    let tcp = entry("a", "a.test", "number: 80, name: t, protocol: TCP", origin);
+    let (app, _log) = start(dir.path(), &[tcp, rule("proxyProtocol: {version: V2}")].concat(), |config| {
+        config.transparent = Some("127.0.0.1:0".parse().unwrap());
+        config.original_destination = |_| Ok(SocketAddr::from(([198, 18, 5, 5], 80)));
+    });
+    let mut client = std::net::TcpStream::connect(app.transparent.unwrap()).unwrap();
+    let port = client.local_addr().unwrap().port().to_be_bytes();
+    std::io::Write::write_all(&mut client, b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let head = proxy_support::read_head(&mut client).unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    let expected = [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\xc6\x12\x05\x05"[..], &port, &[0, 80]].concat();
+    assert_eq!(headers.recv_timeout(PATIENCE).unwrap(), expected);
 }

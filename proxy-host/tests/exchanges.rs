@@ -286,3 +286,125 @@ fn a_websocket_counts_as_a_connection_until_it_ends() {
     drop((client, server));
     runtime.block_on(async { tokio::time::timeout(PATIENCE, app.drained()).await }).unwrap();
 }
+
+#[test]
+fn trailers_go_both_ways() {
+    let (heard, hear) = channel();
+    let address = origin(move |mut peer, _| {
+        peer.head()?;
+        let mut body = Vec::new();
+        while !body.ends_with(b"\r\n\r\n") {
+            body.extend(peer.take(1)?);
+        }
+        heard.send(String::from_utf8_lossy(&body).into_owned()).unwrap();
+        peer.say("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-after\r\n\r\n2\r\nok\r\n0\r\nx-after: 1\r\n\r\n")
+    });
+    let proxy = Proxy::start(address, "HTTP");
+    let answer = proxy.send(
+        b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\nTrailer: x-end\r\n\
+          Connection: close, te\r\n\r\n2\r\nhi\r\n0\r\nx-end: 1\r\n\r\n",
+    );
+    assert!(answer.to_ascii_lowercase().ends_with("2\r\nok\r\n0\r\nx-after: 1\r\n\r\n"), "{answer}");
+    assert_eq!(hear.recv_timeout(PATIENCE).unwrap().to_ascii_lowercase(), "2\r\nhi\r\n0\r\nx-end: 1\r\n\r\n");
+}
+
+#[test]
+fn a_client_of_http_1_0_may_keep_its_connection() {
+    let (address, seen) = answering();
+    let proxy = Proxy::start_with(address, "HTTP", |config| config.http.http10 = true);
+    let mut client = proxy.connect();
+    for _ in 0..2 {
+        client.write_all(b"GET / HTTP/1.0\r\nHost: a.test\r\nConnection: keep-alive\r\n\r\n").unwrap();
+        let head = head(&mut client);
+        assert!(head.starts_with("http/1.0 200 ") && head.contains("\r\nconnection: keep-alive\r\n"), "{head}");
+        hears(&mut client, "ok");
+    }
+    client.write_all(b"GET / HTTP/1.0\r\nHost: a.test\r\n\r\n").unwrap();
+    assert!(head(&mut client).starts_with("http/1.0 200 "));
+    assert_eq!(rest(&mut client), "ok");
+    assert!(seen.iter().take(3).all(|seen| seen.head.contains(" HTTP/1.1\r\n")));
+}
+
+#[test]
+fn http_1_0_has_no_chunks() {
+    let (address, _seen) = answering();
+    let proxy = Proxy::start_with(address, "HTTP", |config| config.http.http10 = true);
+    let answer = proxy.send(b"POST / HTTP/1.0\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n");
+    assert_eq!(statuses(&answer), [400]);
+}
+
+#[test]
+fn http2_is_not_offered_by_an_upgrade_and_the_request_is_answered() {
+    let (address, seen) = answering();
+    let proxy = Proxy::start(address, "HTTP");
+    let request = "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\
+                   HTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n";
+    let mut client = proxy.connect();
+    for _ in 0..2 {
+        client.write_all(request.as_bytes()).unwrap();
+        assert!(head(&mut client).starts_with("http/1.1 200 "));
+        hears(&mut client, "ok");
+        let head = seen.recv_timeout(PATIENCE).unwrap().head.to_ascii_lowercase();
+        assert!(!head.contains("upgrade") && !head.contains("http2-settings"), "{head}");
+    }
+}
+
+#[test]
+fn upgrades_that_istio_does_not_enable_are_refused() {
+    let (address, _seen) = answering();
+    let proxy = Proxy::start(address, "HTTP");
+    let answer = proxy.send(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: spdy/3.1\r\n\r\n");
+    assert_eq!(statuses(&answer), [403]);
+    let line = proxy.line();
+    assert!(line.contains("upgrade_failed"), "{line}");
+}
+
+/// A TCP connection through the transparent port: the client's end, and the origin's.
+fn tcp() -> (Proxy, TcpStream, TcpStream) {
+    let (opened, open) = channel();
+    let address = origin(move |peer, _| {
+        opened.send(peer.stream).unwrap();
+        Ok(())
+    });
+    let proxy = Proxy::start_with(address, "TCP", |config| {
+        config.transparent = Some("127.0.0.1:0".parse().unwrap());
+        config.original_destination = |_| Ok(std::net::SocketAddr::from(([198, 18, 5, 5], 80)));
+    });
+    let client = TcpStream::connect(proxy.app.transparent.unwrap()).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let server = open.recv_timeout(PATIENCE).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    (proxy, client, server)
+}
+
+#[test]
+fn a_tcp_client_may_end_its_half_first() {
+    let (proxy, mut client, mut server) = tcp();
+    client.write_all(b"all").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(rest(&mut server), "all");
+    for _ in 0..3 {
+        server.write_all(b"late").unwrap();
+        hears(&mut client, "late");
+    }
+    drop(server);
+    assert_eq!(rest(&mut client), "");
+    let line = proxy.line();
+    assert!(line.contains(" 0 - 3 12 "), "{line}");
+}
+
+#[test]
+fn a_tcp_server_may_end_its_half_first() {
+    let (proxy, mut client, mut server) = tcp();
+    server.write_all(b"all").unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(rest(&mut client), "all");
+    for _ in 0..3 {
+        client.write_all(b"late").unwrap();
+        hears(&mut server, "late");
+    }
+    drop(client);
+    assert_eq!(rest(&mut server), "");
+    let line = proxy.line();
+    assert!(line.contains(" 0 - 12 3 "), "{line}");
+}

@@ -184,3 +184,54 @@ fn an_upstream_that_is_not_there_is_a_503_of_its_stream_alone() {
         assert!(payload.starts_with(b"upstream connect error"), "{}", String::from_utf8_lossy(&payload));
     }
 }
+
+/// A server of HTTP/2 that refuses the first stream of all, and answers the others with what it read.
+fn refusing() -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            let mut refused = false;
+            while let Ok((stream, _)) = listener.accept().await {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    if !refused {
+                        refused = true;
+                        respond.send_reset(h2::Reason::REFUSED_STREAM);
+                        continue;
+                    }
+                    tokio::spawn(async move {
+                        let mut body = request.into_body();
+                        let mut read = Vec::new();
+                        while let Some(Ok(data)) = body.data().await {
+                            let _ = body.flow_control().release_capacity(data.len());
+                            read.extend_from_slice(&data);
+                        }
+                        let mut send = respond.send_response(Response::new(()), false).unwrap();
+                        send.send_data(read.into(), true).unwrap();
+                    });
+                }
+            }
+        });
+    });
+    address
+}
+
+#[test]
+fn a_stream_that_its_server_refuses_is_asked_for_again() {
+    for (method, body) in [("GET", ""), ("POST", "body")] {
+        let folder = tempfile::tempdir().unwrap();
+        let http2 = "number: 80, name: http2, protocol: HTTP2";
+        let (app, lines) = start(folder.path(), &entry("a", "a.test", http2, refusing()), |_| {});
+        let request = format!(
+            "{method} http://a.test/ HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = proxy_support::exchange(app.http_proxies[0], &request);
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(body), "{answer}");
+        assert!(lines.recv_timeout(PATIENCE).unwrap().contains(" 200 - "));
+    }
+}

@@ -205,3 +205,23 @@ fn a_destination_rule_may_let_tcp_connections_be_silent() {
     client.read_to_end(&mut heard).unwrap();
     assert_eq!(heard, b"late");
 }
+
+#[test]
+fn a_destination_rule_may_limit_the_life_of_tcp_connections() {
+    let rule = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: a, namespace: default}\n\
+        spec: {host: a.test, trafficPolicy: {connectionPool: {tcp: {maxConnectionDuration: 0.6s}}}}\n";
+    let address = origin(|mut peer, _| {
+        loop {
+            peer.say("x")?;
+            thread::park_timeout(LIMIT / 8);
+        }
+    });
+    let (proxy, mut client) = transparent(address, rule);
+    let begun = Instant::now();
+    let mut heard = Vec::new();
+    // However it is closed.
+    let _ = client.read_to_end(&mut heard);
+    assert!(heard.len() > 3 && begun.elapsed() >= Duration::from_millis(550), "{heard:?} {:?}", begun.elapsed());
+    let line = proxy.line();
+    assert!(line.contains(" DT ") && line.contains("max_connection_duration_reached"), "{line}");
+}

@@ -15,7 +15,10 @@ use std::{
 };
 
 use proxy_support::{HTTP, PATIENCE, entry, get, start};
-use rcgen::{CertificateParams, CertifiedIssuer, DnType, KeyPair, SanType};
+use rcgen::{
+    CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType, KeyIdMethod, KeyPair,
+    RevokedCertParams, SanType, SerialNumber,
+};
 use rustls::{
     RootCertStore, ServerConfig, ServerConnection, StreamOwned,
     pki_types::{CertificateDer, PrivateKeyDer},
@@ -32,6 +35,11 @@ struct Hello {
     client: Option<String>,
 }
 
+/// The number of the certificate of a host.
+fn serial(host: &str) -> SerialNumber {
+    SerialNumber::from(host.as_bytes().to_vec())
+}
+
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
@@ -44,9 +52,31 @@ impl Authority {
     fn issue(&self, common: &str, names: Vec<SanType>) -> (rcgen::Certificate, KeyPair) {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, common);
+        if let Some(SanType::DnsName(name)) = names.first() {
+            params.serial_number = Some(serial(name.as_str()));
+        }
         params.subject_alt_names = names;
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.0).unwrap(), key)
+    }
+
+    /// Writes a list with the certificate of this host as revoked.
+    fn revoke(&self, dir: &Path, host: &str) {
+        let at = |year| rcgen::date_time_ymd(year, 1, 1);
+        let list = CertificateRevocationListParams {
+            this_update: at(2020),
+            next_update: at(2100),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![RevokedCertParams {
+                serial_number: serial(host),
+                revocation_time: at(2020),
+                reason_code: None,
+                invalidity_date: None,
+            }],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        fs::write(dir.join("crl.pem"), list.signed_by(&self.0).unwrap().pem().unwrap()).unwrap();
     }
 
     /// Writes a client's certificate and key.
@@ -142,6 +172,7 @@ fn ask(
     let files = tempfile::tempdir().unwrap();
     fs::write(files.path().join("ca.pem"), authority.0.pem()).unwrap();
     authority.client(files.path(), "somebody");
+    authority.revoke(files.path(), "revoked.test");
     let tls = tls.replace("DIR", files.path().to_str().unwrap());
     let resources = entry("a", "a.test", port, origin.0) + &rule("a.test", &tls);
     let (app, log) = start(dir.path(), &resources, |_| {});
@@ -198,6 +229,21 @@ fn an_unknown_authority_is_not_trusted_unless_the_rule_says_so() {
     let (answer, ..) = ask(HTTP, CA, &origin, &authority);
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     let (answer, ..) = ask(HTTP, "mode: SIMPLE, insecureSkipVerify: true", &origin, &authority);
+    assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
+}
+
+#[test]
+fn a_certificate_that_was_revoked_is_refused() {
+    let authority = Authority::new();
+    let rule = format!("{CA}, caCrl: DIR/crl.pem, subjectAltNames: [a.test, revoked.test]");
+    let origin = authority.serve(vec![dns("a.test")], false);
+    let (answer, ..) = ask(HTTP, &rule, &origin, &authority);
+    assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
+    let revoked = authority.serve(vec![dns("revoked.test")], false);
+    let (answer, ..) = ask(HTTP, &rule, &revoked, &authority);
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("Revoked"), "{answer}");
+    // Without the list it is as good as any.
+    let (answer, ..) = ask(HTTP, &rule.replace(", caCrl: DIR/crl.pem", ""), &revoked, &authority);
     assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
 }
 

@@ -9,10 +9,15 @@ use portolan_proto::envoy::envoy::config::cluster::v3::cluster::{
 use portolan_proto::envoy::envoy::config::cluster::v3::{
     CircuitBreakers, Cluster, OutlierDetection, UpstreamConnectionOptions,
 };
+use portolan_proto::envoy::envoy::config::common::matcher::v3::match_predicate::{MatchSet, Rule};
+use portolan_proto::envoy::envoy::config::common::matcher::v3::{HttpHeadersMatch, MatchPredicate};
 use portolan_proto::envoy::envoy::config::core::v3 as core;
+use portolan_proto::envoy::envoy::config::route::v3::HeaderMatcher;
+use portolan_proto::envoy::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
 use portolan_proto::envoy::envoy::extensions::transport_sockets::proxy_protocol::v3::ProxyProtocolUpstreamTransport;
 use portolan_proto::envoy::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
 use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options};
+use portolan_proto::envoy::envoy::r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern};
 use portolan_proto::envoy::envoy::r#type::v3 as kind;
 use portolan_proto::envoy::google::protobuf::{Duration, UInt32Value, UInt64Value};
 use prost::Message;
@@ -34,6 +39,10 @@ pub(super) fn apply(cluster: &mut Cluster, policy: &TrafficPolicy, names: &[Stri
     load_balancer(cluster, policy.load_balancer.as_ref());
     if let Some(outlier) = &policy.outlier_detection {
         cluster.outlier_detection = Some(outlier_detection(outlier));
+        let error_matcher = error_matcher(&outlier.outlier_detection_http_error_codes);
+        if error_matcher.is_some() {
+            options.outlier_detection = Some(http_protocol_options::OutlierDetection { error_matcher });
+        }
         let least = u32::try_from(outlier.min_health_percent).unwrap_or_default();
         let panic = kind::Percent { value: f64::from(least) };
         cluster.common_lb_config.get_or_insert_default().healthy_panic_threshold = Some(panic);
@@ -261,6 +270,27 @@ fn outlier_detection(settings: &crate::api::destination_rule::OutlierDetection) 
         out.enforcing_local_origin_success_rate = number(0);
     }
     out
+}
+
+/// What is a failure in place of the 5xx: a response with one of these codes.
+fn error_matcher(codes: &[u32]) -> Option<MatchPredicate> {
+    let one = |code: &u32| {
+        let exact = StringMatcher { match_pattern: Some(MatchPattern::Exact(code.to_string())), ..Default::default() };
+        let header = HeaderMatcher {
+            name: ":status".to_owned(),
+            header_match_specifier: Some(HeaderMatchSpecifier::StringMatch(exact)),
+            ..HeaderMatcher::default()
+        };
+        MatchPredicate { rule: Some(Rule::HttpResponseHeadersMatch(HttpHeadersMatch { headers: vec![header] })) }
+    };
+    match codes {
+        [] => None,
+        [code] => Some(one(code)),
+        codes => {
+            let rules = codes.iter().map(one).collect();
+            Some(MatchPredicate { rule: Some(Rule::OrMatch(MatchSet { rules })) })
+        }
+    }
 }
 
 fn proxy_protocol(version: ProxyProtocolVersion, inner: Option<core::TransportSocket>) -> core::TransportSocket {

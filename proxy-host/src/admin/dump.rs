@@ -25,7 +25,7 @@ pub(super) async fn state(admin: &Admin) -> Option<State> {
 /// Everything that bears on where a request goes.
 pub(super) async fn config(admin: &Admin) -> Option<Value> {
     let state = state(admin).await?;
-    let plans: BTreeMap<_, _> = state.plans.0.iter().map(|(port, plan)| (port, format!("{plan:?}"))).collect();
+    let plans: BTreeMap<_, _> = state.plans.0.iter().map(|(port, plan)| (port, json!(plan))).collect();
     let clusters: serde_json::Map<_, _> = (state.clusters.iter())
         .map(|(name, known)| (name.clone(), known.as_ref().map_or(Value::Null, |cluster| self::cluster(cluster))))
         .collect();

@@ -14,7 +14,7 @@ use super::{Admin, dump};
 use crate::{
     listener::Kind,
     stats::{self, DURATIONS},
-    vm::{BUCKETS, MetricValue, TrapKind},
+    vm::{BUCKETS, MetricValue, Shared, TrapKind},
 };
 
 /// One name with its samples, each with its labels.
@@ -100,9 +100,25 @@ pub(super) async fn text(admin: &Admin) -> Result<String, fmt::Error> {
     traffic(admin, &mut families);
     let state = dump::state(admin).await.unwrap_or_default();
     families.gauge("portolan_clusters", "Clusters that were asked for", state.clusters.len() as u64);
-    traps(admin, &mut families);
+    workers(admin, &mut families);
+    traps(&admin.filter, &mut families);
     controller(admin, &mut families);
-    filter(admin, &mut families);
+    filter(&admin.filter, &mut families);
+    write(families)
+}
+
+/// Of a filter's host: the filter's own, and how often it crashed.
+///
+/// # Errors
+/// Never, as the text goes into memory.
+pub(super) fn of_filter(shared: &Shared) -> Result<String, fmt::Error> {
+    let mut families = Families(Vec::new());
+    traps(shared, &mut families);
+    filter(shared, &mut families);
+    write(families)
+}
+
+fn write(families: Families) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(families));
     let mut out = String::new();
@@ -178,13 +194,16 @@ fn traffic(admin: &Admin, families: &mut Families) {
     );
 }
 
-fn traps(admin: &Admin, families: &mut Families) {
+fn workers(admin: &Admin, families: &mut Families) {
     let stats = &admin.stats;
     let ready = stats.sum(|w| &w.ready);
     families.gauge("portolan_workers_ready", "Workers whose filter has had the registry", ready);
     families.gauge("portolan_workers", "Workers", stats.workers() as u64);
+}
+
+fn traps(shared: &Shared, families: &mut Families) {
     let kinds = [TrapKind::Deadline, TrapKind::Exit, TrapKind::Guest];
-    let traps = kinds.map(|kind| (vec![("kind", kind.as_str().to_owned())], admin.filter.traps(kind))).to_vec();
+    let traps = kinds.map(|kind| (vec![("kind", kind.as_str().to_owned())], shared.traps(kind))).to_vec();
     let help = "Callbacks of the filter that did not return; each refused what it was about";
     families.add("portolan_filter_traps", help, Samples::Counters(traps));
 }
@@ -220,9 +239,9 @@ fn controller(admin: &Admin, families: &mut Families) {
 }
 
 /// The filter's own, by the names that it gave them, in the characters that Prometheus takes.
-fn filter(admin: &Admin, families: &mut Families) {
+fn filter(shared: &Shared, families: &mut Families) {
     const HELP: &str = "Defined by the filter";
-    for (name, value) in admin.filter.metrics.all() {
+    for (name, value) in shared.metrics.all() {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' };
         let mut name: String = name.chars().map(plain).collect();
         if name.starts_with(|c: char| c.is_ascii_digit()) || name.is_empty() {

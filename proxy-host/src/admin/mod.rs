@@ -1,11 +1,13 @@
-//! The admin port: what the proxy is doing, for people, for Kubernetes' probes and for Prometheus. Off unless asked for.
+//! The admin port: what the proxy, or a filter's host, is doing, for people, for Kubernetes' probes and for Prometheus. Off
+//! unless asked for.
 //!
 //! It has a thread of its own, so that nobody who asks slows traffic, and it answers even when all workers are busy.
 
 mod dump;
+pub mod filter;
 mod metrics;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, thread, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -56,6 +58,25 @@ pub struct ControllerState {
     pub sources: Arc<Status>,
 }
 
+/// What an admin port tells, besides what each has: the index, `/healthz` and `/logging`.
+pub(crate) trait Pages: Send + Sync + 'static {
+    /// Its pages, for people.
+    const INDEX: &str;
+    /// Paths of its pages.
+    const PATHS: &[&str];
+
+    /// One of [`Pages::PATHS`].
+    fn page(&self, path: &str) -> impl Future<Output = Answer> + Send;
+
+    /// Sets the level of the log.
+    fn set_level(&self, level: &str) -> Result<(), LevelError> {
+        logging::set_level(level)
+    }
+
+    /// Waits until there is nothing left to tell of.
+    fn ended(&self) -> impl Future<Output = ()> + Send;
+}
+
 /// What the admin port tells of.
 pub struct Admin {
     /// The settings.
@@ -79,6 +100,10 @@ pub struct Admin {
 /// # Errors
 /// No thread, no runtime, or a socket that cannot be used.
 pub fn start(listener: std::net::TcpListener, admin: Admin) -> Result<SocketAddr, AppError> {
+    Ok(start_pages(listener, admin)?)
+}
+
+pub(crate) fn start_pages<P: Pages>(listener: std::net::TcpListener, pages: P) -> io::Result<SocketAddr> {
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
     if !address.ip().is_loopback() {
@@ -89,26 +114,24 @@ pub fn start(listener: std::net::TcpListener, admin: Admin) -> Result<SocketAddr
         let _in = runtime.enter();
         TcpListener::from_std(listener)?
     };
-    let admin = Arc::new(admin);
+    let pages = Arc::new(pages);
     // It answers until the process ends, so that it can be seen how that goes.
-    thread::Builder::new().name("admin".into()).spawn(move || runtime.block_on(serve(listener, admin)))?;
+    thread::Builder::new().name("admin".into()).spawn(move || runtime.block_on(serve(listener, pages)))?;
     Ok(address)
 }
 
-async fn serve(listener: TcpListener, admin: Arc<Admin>) {
-    let mut questions = admin.questions.clone();
+async fn serve<P: Pages>(listener: TcpListener, pages: Arc<P>) {
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => accepted,
-            // The control thread ends with the application.
-            () = closed(&mut questions) => return,
+            () = pages.ended() => return,
         };
         match stream {
             Ok((stream, _)) => {
-                let admin = admin.clone();
+                let pages = pages.clone();
                 let answer = service_fn(move |request| {
-                    let admin = admin.clone();
-                    async move { Ok::<_, Infallible>(answer(&admin, &request).await) }
+                    let pages = pages.clone();
+                    async move { Ok::<_, Infallible>(answer(&*pages, &request).await) }
                 });
                 tokio::spawn(async move {
                     let mut server = hyper::server::conn::http1::Builder::new();
@@ -125,11 +148,7 @@ async fn serve(listener: TcpListener, admin: Arc<Admin>) {
     }
 }
 
-async fn closed(questions: &mut mpsc::UnboundedSender<Question>) {
-    questions.closed().await;
-}
-
-type Answer = Response<Full<Bytes>>;
+pub(crate) type Answer = Response<Full<Bytes>>;
 
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     typed(status, "text/plain; charset=utf-8", body)
@@ -143,35 +162,55 @@ fn typed(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Answ
     answer
 }
 
-async fn answer(admin: &Admin, request: &Request<Incoming>) -> Answer {
+async fn answer<P: Pages>(pages: &P, request: &Request<Incoming>) -> Answer {
     let path = request.uri().path();
     if path == "/logging" && request.method() == Method::POST {
-        return set_level(request.uri().query().unwrap_or_default());
+        return set_level(pages, request.uri().query().unwrap_or_default());
     }
-    let known = matches!(path, "/" | "/ready" | "/healthz" | "/metrics" | "/config_dump" | "/clusters" | "/logging");
+    let known = matches!(path, "/" | "/healthz" | "/logging") || P::PATHS.contains(&path);
     if known && !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, format!("{path} is read with GET\n"));
         answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return answer;
     }
     match path {
-        "/" => text(StatusCode::OK, INDEX),
+        "/" => text(StatusCode::OK, P::INDEX),
         "/healthz" => text(StatusCode::OK, "ok\n"),
-        "/ready" => ready(admin),
-        "/metrics" => match metrics::text(admin).await {
-            Ok(body) => typed(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body),
-            Err(_) => text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n"),
-        },
-        "/config_dump" => match dump::config(admin).await {
-            Some(json) => typed(StatusCode::OK, "application/json", format!("{json:#}\n")),
-            None => unavailable(),
-        },
-        "/clusters" => dump::clusters(admin).await.map_or_else(unavailable, |body| text(StatusCode::OK, body)),
         "/logging" => match logging::level() {
             Some(level) => text(StatusCode::OK, format!("{level}\n")),
             None => text(StatusCode::NOT_IMPLEMENTED, format!("{}\n", LevelError::NotOurs)),
         },
-        _ => text(StatusCode::NOT_FOUND, format!("there is no such page\n\n{INDEX}")),
+        path if known => pages.page(path).await,
+        _ => text(StatusCode::NOT_FOUND, format!("there is no such page\n\n{}", P::INDEX)),
+    }
+}
+
+impl Pages for Admin {
+    const INDEX: &str = INDEX;
+    const PATHS: &[&str] = &["/ready", "/metrics", "/config_dump", "/clusters"];
+
+    async fn page(&self, path: &str) -> Answer {
+        match path {
+            "/ready" => ready(self),
+            "/metrics" => openmetrics(metrics::text(self).await),
+            "/config_dump" => match dump::config(self).await {
+                Some(json) => typed(StatusCode::OK, "application/json", format!("{json:#}\n")),
+                None => unavailable(),
+            },
+            _ => dump::clusters(self).await.map_or_else(unavailable, |body| text(StatusCode::OK, body)),
+        }
+    }
+
+    async fn ended(&self) {
+        // The control thread ends with the application.
+        self.questions.closed().await;
+    }
+}
+
+fn openmetrics(written: Result<String, std::fmt::Error>) -> Answer {
+    match written {
+        Ok(body) => typed(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body),
+        Err(_) => text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n"),
     }
 }
 
@@ -191,14 +230,14 @@ fn ready(admin: &Admin) -> Answer {
     }
 }
 
-fn set_level(query: &str) -> Answer {
+fn set_level(pages: &impl Pages, query: &str) -> Answer {
     let usage = "POST /logging?level=LEVEL, where LEVEL is error, warn, info, debug or trace\n";
     let Some(level) = query.split('&').find_map(|pair| pair.strip_prefix("level=")) else {
         return text(StatusCode::BAD_REQUEST, usage);
     };
     // What a tracing filter needs and a form encodes.
     let level = level.replace("%3D", "=").replace("%2C", ",").replace("%3A", ":");
-    match logging::set_level(&level) {
+    match pages.set_level(&level) {
         Ok(()) => {
             tracing::info!(filter = level, "the level of the log was changed on the admin port");
             text(StatusCode::OK, format!("{level}\n"))

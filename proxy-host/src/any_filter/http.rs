@@ -132,7 +132,7 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
         Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
         None => host,
     };
-    if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) {
+    if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) && !limits.http10 {
         return Err((StatusCode::UPGRADE_REQUIRED, "low_version".into()));
     }
     if !headers::is_method(&parts.method) {

@@ -38,6 +38,7 @@ use tokio::{
 };
 
 use crate::{
+    admin::filter::FilterAdmin,
     exec,
     listener::{self, server::HttpLimits},
     vm::{Engine, EngineError, Limits, LogLevel, PluginConfig, PluginKind, Shared, StartError, VmConfig},
@@ -130,6 +131,8 @@ pub struct Proxy {
 pub struct Running {
     /// Where it listens.
     pub address: SocketAddr,
+    shared: Arc<Shared>,
+    log_level: watch::Sender<LogLevel>,
     stop: watch::Sender<bool>,
     workers: Vec<JoinHandle<()>>,
 }
@@ -151,9 +154,10 @@ impl Running {
         }
         let (stop, stopped) = watch::channel(false);
         let (report, reports) = std::sync::mpsc::channel();
-        let mut running = Self { address, stop, workers: Vec::new() };
-        let settings = Arc::new(settings);
         let shared = Arc::new(Shared::default());
+        let log_level = watch::Sender::new(settings.log_level);
+        let mut running = Self { address, shared: shared.clone(), log_level, stop, workers: Vec::new() };
+        let settings = Arc::new(settings);
         let threads = sockets.len();
         for (index, socket) in sockets.into_iter().enumerate() {
             let work = Work {
@@ -161,6 +165,7 @@ impl Running {
                 engine: engine.clone(),
                 settings: settings.clone(),
                 shared: shared.clone(),
+                log_level: running.log_level.subscribe(),
                 socket,
                 stop: stopped.clone(),
                 report: report.clone(),
@@ -173,6 +178,13 @@ impl Running {
             reports.recv().map_err(|_| RunError::Thread)??;
         }
         Ok(running)
+    }
+
+    /// What an admin port tells of it.
+    #[must_use]
+    pub fn admin(&self) -> FilterAdmin {
+        let (filter, log_level, stop) = (self.shared.clone(), self.log_level.clone(), self.stop.subscribe());
+        FilterAdmin { filter, log_level, stop }
     }
 
     /// Whether all threads still run.
@@ -197,6 +209,7 @@ struct Work {
     engine: Engine,
     settings: Arc<Settings>,
     shared: Arc<Shared>,
+    log_level: watch::Receiver<LogLevel>,
     socket: Socket,
     stop: watch::Receiver<bool>,
     report: std::sync::mpsc::Sender<Result<(), RunError>>,
@@ -219,7 +232,7 @@ impl Work {
     }
 
     async fn serve(self) -> Result<(), RunError> {
-        let Self { index, engine, settings, shared, socket, mut stop, report } = self;
+        let Self { index, engine, settings, shared, log_level, socket, mut stop, report } = self;
         let named: Vec<_> = (settings.clusters.iter().cloned())
             .chain([(UPSTREAM_CLUSTER.to_owned(), settings.upstream.clone())])
             .collect();
@@ -240,7 +253,7 @@ impl Work {
             shared,
             queue_waker: None,
         };
-        let host = Host::start(engine, config, Rc::new(Outside::new(clusters.clone(), settings.log_level)))?;
+        let host = Host::start(engine, config, Rc::new(Outside::new(clusters.clone(), log_level)))?;
         let address = settings.listen;
         let listener = listener::listen(socket).map_err(|error| RunError::Bind { address, error })?;
         let (limits, tcp_idle) = (settings.http, settings.tcp_idle);

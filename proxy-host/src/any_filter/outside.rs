@@ -11,7 +11,10 @@ use std::{
 use bytes::Bytes;
 use portolan_proto::envoy::envoy::config::core::v3::{GrpcService, grpc_service::TargetSpecifier};
 use prost::Message as _;
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::AbortHandle,
+};
 
 use super::{
     calls::{self, GrpcTarget},
@@ -26,7 +29,7 @@ const NODE: &str = "proxy-host";
 /// Calls and timers of one thread's VM, whichever VM that is.
 pub struct Outside {
     clusters: Rc<Clusters>,
-    log_level: LogLevel,
+    log_level: watch::Receiver<LogLevel>,
     begun: Instant,
     ticks: RefCell<HashMap<ContextId, AbortHandle>>,
     calls: RefCell<HashMap<CallToken, Call>>,
@@ -41,7 +44,7 @@ struct Call {
 impl Outside {
     /// Calls go to these clusters.
     #[must_use]
-    pub fn new(clusters: Rc<Clusters>, log_level: LogLevel) -> Self {
+    pub fn new(clusters: Rc<Clusters>, log_level: watch::Receiver<LogLevel>) -> Self {
         Self { clusters, log_level, begun: Instant::now(), ticks: RefCell::default(), calls: RefCell::default() }
     }
 
@@ -139,7 +142,7 @@ impl HostEnv {
 
 impl Env for HostEnv {
     fn log(&mut self, level: LogLevel, message: &[u8]) {
-        if level < self.outside.log_level {
+        if level < *self.outside.log_level.borrow() {
             return;
         }
         let text = String::from_utf8_lossy(message);
@@ -153,7 +156,7 @@ impl Env for HostEnv {
     }
 
     fn log_level(&self) -> LogLevel {
-        self.outside.log_level
+        *self.outside.log_level.borrow()
     }
 
     fn monotonic(&self) -> u64 {

@@ -13,6 +13,7 @@ use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
+    admin,
     any_filter::{RunError, Running, Settings, client::Address},
     config::HttpArgs,
     logging, vm,
@@ -67,6 +68,10 @@ pub struct Args {
     /// A cluster that the filter calls by HTTP or gRPC; may be given several times
     #[arg(long = "cluster", value_name = "NAME=HOST:PORT", value_parser = cluster)]
     pub clusters: Vec<(String, Address)>,
+    /// Answer here about the filter: /ready, /healthz, /metrics (also those that the filter defines), /logging. Whoever
+    /// can reach it can change the log's level: keep it on loopback
+    #[arg(long, value_name = "IP:PORT")]
+    pub admin: Option<SocketAddr>,
     /// Least level of the filter's log that is shown
     #[arg(long, value_enum, default_value_t = Level::Info)]
     pub log_level: Level,
@@ -184,6 +189,7 @@ pub fn run(args: Args) -> ExitCode {
         eprintln!("proxy-host filter: {error}");
         return ExitCode::FAILURE;
     }
+    let admin = args.admin;
     let settings = match args.settings() {
         Ok(settings) => settings,
         Err(error) => {
@@ -191,7 +197,7 @@ pub fn run(args: Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match serve(settings) {
+    match serve(settings, admin) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("proxy-host filter: {error}");
@@ -200,7 +206,11 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-fn serve(settings: Settings) -> Result<(), RunError> {
+fn serve(settings: Settings, admin: Option<SocketAddr>) -> Result<(), RunError> {
+    // An address that is taken is told before anything starts.
+    let admin =
+        admin.map(|address| std::net::TcpListener::bind(address).map_err(|error| RunError::Bind { address, error }));
+    let admin = admin.transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (mut term, mut int) = {
         let _in = runtime.enter();
@@ -208,7 +218,11 @@ fn serve(settings: Settings) -> Result<(), RunError> {
     };
     let upstream = settings.upstream.clone();
     let running = Running::start(settings)?;
-    eprintln!("proxy-host filter: listening on {}, upstream {upstream}", running.address);
+    let told = match admin {
+        Some(listener) => format!(", admin {}", admin::filter::start(listener, running.admin())?),
+        None => String::new(),
+    };
+    eprintln!("proxy-host filter: listening on {}, upstream {upstream}{told}", running.address);
     runtime.block_on(async {
         let mut watch = tokio::time::interval(Duration::from_secs(1));
         loop {

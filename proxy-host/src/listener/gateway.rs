@@ -10,6 +10,7 @@ use std::{
 
 use bytes::BytesMut;
 use portolan_proto::v1;
+use serde::{Serialize, Serializer};
 use tokio::{net::TcpStream, task::AbortHandle};
 
 use super::{
@@ -27,7 +28,7 @@ use crate::{filter::Via, worker::Worker};
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// What listens at one address, or at all.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct GatewayListener {
     /// The address; `None` for all.
     pub bind: Option<IpAddr>,
@@ -37,14 +38,26 @@ pub struct GatewayListener {
 }
 
 /// A server of a gateway.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Server {
     /// Name of the filter chain.
+    #[serde(serialize_with = "text")]
     name: Arc<str>,
     http: bool,
     /// Server names in lower case, some with a star before the first dot; none: any.
     names: Vec<String>,
+    /// Shown as whether there is any.
+    #[serde(serialize_with = "is_there")]
     tls: Option<Arc<Settings>>,
+}
+
+fn text<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
+}
+
+#[allow(clippy::ref_option, reason = "serde gives the field")]
+fn is_there<S: Serializer>(tls: &Option<Arc<Settings>>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bool(tls.is_some())
 }
 
 impl GatewayListener {

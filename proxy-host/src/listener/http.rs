@@ -104,14 +104,19 @@ async fn answer(
         entry: Box::new(Entry::new(&worker.log)),
         received: Rc::default(),
         grpc: headers::is_grpc(request.headers()),
+        stream: None,
     };
     let (head, request) = match exchange.read(request, worker.config.http, worker.log.is_on()) {
         Ok(read) => read,
         Err((status, flags)) => return Ok(exchange.refuse_text(status, flags)),
     };
     let method = head.method.clone();
-    let (mut head, stream) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
-        HttpVerdict::Continue(head, stream) => (head, stream),
+    let mut head = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
+        HttpVerdict::Continue(head, stream) => {
+            exchange.entry.decision = stream.decision();
+            exchange.stream = Some(stream);
+            head
+        }
         HttpVerdict::Respond(response, decision) => {
             exchange.entry.decision = decision;
             return Ok(exchange.local(*response));
@@ -123,11 +128,10 @@ async fn answer(
             return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, body, ""));
         }
     };
-    exchange.entry.decision = stream.decision();
     let name = head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
     let Some(name) = name.filter(|_| method != Method::CONNECT || connection.via == Via::HttpProxy) else {
         exchange.entry.reason = Some("route_not_found".into());
-        return Ok(exchange.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"));
+        return Ok(Box::pin(exchange.shown(|e| e.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"))).await);
     };
     let delay = router::delay(&mut head.headers);
     if let Some((status, grpc)) = router::abort(&mut head.headers) {
@@ -146,7 +150,8 @@ async fn answer(
         Ok(cluster) => cluster,
         Err(error) => {
             exchange.entry.reason = Some(error.to_string());
-            return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC"));
+            let refuse = |e: Exchange| e.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC");
+            return Ok(Box::pin(exchange.shown(refuse)).await);
         }
     };
     if let Some(delay) = delay {
@@ -156,11 +161,11 @@ async fn answer(
     let (host, port) = authority_parts(head.authority.as_ref());
     let destination = connection.meant_for();
     let hash = orders.hash.as_ref().map(|value| hash::of(value.as_bytes()));
-    let wanted = Wanted { destination, host, port, hash };
+    let wanted = Wanted { destination, host, port, hash, client: Some(connection.clone()) };
     let answered = if method == Method::CONNECT {
-        Box::pin(exchange.tunnel(worker, &cluster, &wanted, request, stream)).await
+        Box::pin(exchange.tunnel(worker, &cluster, &wanted, request)).await
     } else {
-        exchange.forward(worker, &cluster, &wanted, (head, orders), request, stream).await
+        exchange.forward(worker, &cluster, &wanted, (head, orders), request).await
     };
     match answered {
         Ok(response) => Ok(response),
@@ -170,7 +175,7 @@ async fn answer(
                 exchange.entry.reason = Some(details.into());
                 Ok(exchange.refuse_text(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), "DPE"))
             }
-            None => Ok(exchange.failed(&failure)),
+            None => Ok(Box::pin(exchange.shown(|e| e.failed(&failure))).await),
         },
     }
 }
@@ -184,6 +189,8 @@ struct Exchange {
     entry: Box<Entry>,
     received: Rc<Received>,
     grpc: bool,
+    /// The filter's part in it, until it has seen the answer.
+    stream: Option<Stream>,
 }
 
 impl Exchange {
@@ -200,7 +207,6 @@ impl Exchange {
             return Err((status, if status == StatusCode::REQUEST_TIMEOUT { "" } else { "DPE" }));
         }
         let (mut parts, body) = request.into_parts();
-        let http2 = parts.version == Version::HTTP_2;
         let host = parts.headers.remove(HOST);
         let authority = match parts.uri.authority() {
             // The target's authority wins over Host (RFC 9112, 3.2.2).
@@ -233,7 +239,11 @@ impl Exchange {
             headers::from_outside(&mut parts.headers, connection.source.ip(), connection.scheme());
         }
         headers::prepare(&mut parts.headers);
-        let protocol = if http2 { "HTTP/2" } else { "HTTP/1.1" };
+        let protocol = match parts.version {
+            Version::HTTP_2 => "HTTP/2",
+            Version::HTTP_10 => "HTTP/1.0",
+            _ => "HTTP/1.1",
+        };
         if logged {
             let path = if connect { "" } else { path };
             self.entry.request = Some((parts.method.to_string(), path.to_owned(), protocol));
@@ -270,7 +280,6 @@ impl Exchange {
         wanted: &Wanted,
         (head, orders): (RequestHead, headers::Orders),
         mut incoming: Request<Incoming>,
-        stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
         let same = incoming.version() == Version::HTTP_2;
         let upgrade = head.headers.contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
@@ -309,7 +318,11 @@ impl Exchange {
         let (mut parts, body) = response.into_parts();
         parts.headers.insert(SERVICE_TIME, HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
         let head = ResponseHead { status: parts.status, headers: std::mem::take(&mut parts.headers) };
-        let head = match stream.response(head, body.is_end_stream()).await {
+        let answered = match self.stream.take() {
+            Some(stream) => stream.response(head, body.is_end_stream()).await,
+            None => Ok(head),
+        };
+        let head = match answered {
             Ok(head) => head,
             Err(Some(response)) => return Ok(self.local(*response)),
             Err(None) => return Err((self, Failure::Filter)),
@@ -329,7 +342,6 @@ impl Exchange {
         cluster: &crate::upstream::Cluster,
         wanted: &Wanted,
         mut request: Request<Incoming>,
-        stream: Stream,
     ) -> Result<Response<ResponseBody>, (Self, Failure)> {
         let (upstream, active) = match router::connect(worker, cluster, wanted, &mut self.entry).await {
             Ok(connected) => connected,
@@ -337,6 +349,7 @@ impl Exchange {
         };
         let client = hyper::upgrade::on(&mut request);
         self.entry.status = 200;
+        let stream = self.stream.take();
         let entry = self.entry;
         let received = self.received;
         let open = self.from.open.clone();
@@ -353,6 +366,21 @@ impl Exchange {
         });
         // The tunnel's line is written at its end, by its task.
         Ok(Response::new(ResponseBody::silent(received)))
+    }
+
+    /// An answer of our own to a request that the filter let pass. It may change its headers, as in Envoy, where local
+    /// replies go by all filters.
+    async fn shown(mut self, reply: impl FnOnce(Self) -> Response<ResponseBody>) -> Response<ResponseBody> {
+        let stream = self.stream.take();
+        let mut response = reply(self);
+        let Some(stream) = stream else { return response };
+        let head = ResponseHead { status: response.status(), headers: response.headers().clone() };
+        // Where the filter fails, what was to be said is still true.
+        if let Ok(head) = stream.response(head, response.body().is_end_stream()).await {
+            *response.status_mut() = head.status;
+            *response.headers_mut() = head.headers;
+        }
+        response
     }
 
     /// An answer of the filter's.

@@ -7,11 +7,12 @@ use std::{
 
 use ipnet::IpNet;
 use portolan_proto::v1;
+use serde::Serialize;
 
 use super::gateway::GatewayListener;
 
 /// Which first bytes a listener reads.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Inspection {
     /// Read a TLS `ClientHello` for its server name.
     pub tls: bool,
@@ -43,7 +44,7 @@ pub enum PlanError {
 }
 
 /// The plan of one port.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct PortPlan {
     wildcard: Option<Inspection>,
     tcp_prefixes: Vec<IpNet>,

@@ -40,6 +40,8 @@ pub struct HttpLimits {
     pub streams: u32,
     /// Time from the first byte of a request to the last of its headers; zero for no limit.
     pub header_time: Duration,
+    /// HTTP/1.0 is taken.
+    pub http10: bool,
     /// Silence on a stream, either way, that ends it; zero for no limit.
     pub stream_idle: Duration,
     /// Time without a request that ends a connection; zero for no limit.
@@ -55,6 +57,7 @@ impl Default for HttpLimits {
             headers: 100,
             streams: 1024,
             header_time: Duration::ZERO,
+            http10: false,
             stream_idle: Duration::ZERO,
             connection_idle: Duration::from_secs(3600),
         }

@@ -80,6 +80,7 @@ struct Head {
     connect: bool,
     upgrade: bool,
     connection_upgrade: bool,
+    http10: bool,
 }
 
 /// The judge of one connection.
@@ -96,13 +97,15 @@ pub struct Strict {
 struct Most {
     bytes: usize,
     count: usize,
+    /// HTTP/1.0 is taken.
+    http10: bool,
 }
 
 impl Strict {
     /// For a new connection.
     #[must_use]
     pub fn new(limits: HttpLimits) -> Self {
-        let most = Most { bytes: limits.header_bytes as usize, count: limits.headers };
+        let most = Most { bytes: limits.header_bytes as usize, count: limits.headers, http10: limits.http10 };
         Self { most, state: State::Head(Head::default()), upgrade: false }
     }
 
@@ -300,7 +303,7 @@ impl Head {
             match (self.begun, text) {
                 // An empty line before a request is skipped (RFC 9112, 2.2).
                 (false, []) => {}
-                (false, text) => self.request_line(text)?,
+                (false, text) => self.request_line(text, most.http10)?,
                 (true, []) => return self.end(lf + 1).map(Some),
                 (true, text) => self.header(text, most.count)?,
             }
@@ -309,7 +312,7 @@ impl Head {
         if bytes.len() > most.bytes { Err(TOO_LARGE) } else { Ok(None) }
     }
 
-    fn request_line(&mut self, text: &[u8]) -> Result<(), Refusal> {
+    fn request_line(&mut self, text: &[u8], http10: bool) -> Result<(), Refusal> {
         self.begun = true;
         let first = memchr(b' ', text).ok_or(CODEC)?;
         let last = memrchr(b' ', text).unwrap_or(first);
@@ -319,6 +322,7 @@ impl Head {
         }
         match &text[last + 1..] {
             b"HTTP/1.1" => {}
+            b"HTTP/1.0" if http10 => self.http10 = true,
             [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
                 return Err(VERSION);
             }
@@ -390,6 +394,10 @@ impl Head {
         }
         if self.connect && (self.chunked || self.length.is_some_and(|length| length > 0)) {
             return Err(BODY);
+        }
+        // It has neither (RFC 9112, 6.1; RFC 9110, 7.8).
+        if self.http10 && (self.chunked || self.connect || self.upgrade && self.connection_upgrade) {
+            return Err(CODEC);
         }
         Ok(end)
     }

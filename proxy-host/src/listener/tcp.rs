@@ -1,6 +1,6 @@
 //! A connection that stays bytes: the filter names a cluster, and both sides are copied until they end.
 
-use std::{pin::pin, rc::Rc};
+use std::{pin::pin, rc::Rc, time::Duration};
 
 use socket2::SockRef;
 
@@ -12,7 +12,11 @@ use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
     idle::{self, Copied},
-    upstream::{Wanted, connect::ConnectError, hash},
+    upstream::{
+        Wanted,
+        connect::{ConnectError, Stream},
+        hash,
+    },
     worker::Worker,
 };
 
@@ -64,6 +68,7 @@ async fn carry(
         port: None,
         // Only a cluster that balances by hash asks for it.
         hash: Some(hash::of(connection.source.ip().to_canonical().to_string().as_bytes())),
+        client: Some(connection.clone()),
     };
     let endpoint = match cluster.choose(&wanted, &worker.resolver).await {
         Ok(endpoint) => endpoint,
@@ -74,7 +79,7 @@ async fn carry(
     };
     let _active = endpoint.begin();
     entry.upstream = endpoint.address().map(ToString::to_string);
-    let upstream = match cluster.connect(&endpoint).await {
+    let upstream = match cluster.connect(&endpoint, &wanted).await {
         Ok((upstream, address)) => {
             entry.upstream = Some(address.to_string());
             upstream
@@ -84,35 +89,69 @@ async fn carry(
             return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF" });
         }
     };
-    let time = cluster.spec().options.tcp_idle.unwrap_or(worker.config.tcp_idle);
-    let ended = if let Some(socket) = upstream.socket().filter(|_| !client.is_secure()) {
-        let moved = Moved::default();
+    let options = &cluster.spec().options;
+    let time = options.tcp_idle.unwrap_or(worker.config.tcp_idle);
+    let ended = {
+        let moving = pin!(move_bytes(client, upstream, time, entry));
+        match options.tcp_life {
+            None => moving.await,
+            Some(life) => tokio::time::timeout(life, moving).await.unwrap_or(Ended::Old),
+        }
+    };
+    let (reason, flags) = match ended {
+        Ended::Whole => return Ok(()),
+        // One side was reset; so is the other.
+        Ended::Broken => return Err(""),
+        Ended::Idle => ("tcp_session_idle_timeout", ""),
+        Ended::Old => ("max_connection_duration_reached", "DT"),
+    };
+    entry.reason = Some(reason.into());
+    entry.flags = flags;
+    Ok(())
+}
+
+/// How a connection ended.
+enum Ended {
+    /// Both sides said all.
+    Whole,
+    /// One side failed.
+    Broken,
+    /// Nothing moved for too long.
+    Idle,
+    /// It was there for as long as it may be.
+    Old,
+}
+
+async fn move_bytes(client: &mut Rewind, upstream: Stream, time: Duration, entry: &mut Entry) -> Ended {
+    if let Some(socket) = upstream.socket().filter(|_| !client.is_secure()) {
+        let moved = Counts { moved: Moved::default(), entry };
         let read = client.take_read();
-        let relayed = pin!(relay(Socket::Tcp(client.stream()), read, socket, &moved));
-        let ended = tokio::select! {
+        let relayed = pin!(relay(Socket::Tcp(client.stream()), read, socket, &moved.moved));
+        tokio::select! {
             biased;
-            ended = relayed => Some(ended),
-            () = idle::quiet(time, || Some(moved.received.get() + moved.sent.get())) => None,
-        };
-        (entry.received, entry.sent) = (moved.received.get(), moved.sent.get());
-        ended
+            ended = relayed => if ended.is_ok() { Ended::Whole } else { Ended::Broken },
+            () = idle::quiet(time, || Some(moved.moved.received.get() + moved.moved.sent.get())) => Ended::Idle,
+        }
     } else {
         match idle::copy(client, upstream, time).await {
             Copied::Whole(received, sent) => {
                 (entry.received, entry.sent) = (received, sent);
-                Some(Ok(()))
+                Ended::Whole
             }
-            Copied::Broken => Some(Err(std::io::ErrorKind::ConnectionReset.into())),
-            Copied::Idle(_) => None,
+            Copied::Broken => Ended::Broken,
+            Copied::Idle(_) => Ended::Idle,
         }
-    };
-    match ended {
-        Some(Ok(())) => Ok(()),
-        // One side was reset; so is the other.
-        Some(Err(_)) => Err(""),
-        None => {
-            entry.reason = Some("tcp_session_idle_timeout".into());
-            Ok(())
-        }
+    }
+}
+
+/// What has moved, for the access log however it ends.
+struct Counts<'e> {
+    moved: Moved,
+    entry: &'e mut Entry,
+}
+
+impl Drop for Counts<'_> {
+    fn drop(&mut self) {
+        (self.entry.received, self.entry.sent) = (self.moved.received.get(), self.moved.sent.get());
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn start(
             // A cluster that does not exist is ignored, as by Envoy.
             let Ok(cluster) = worker.cluster(&name).await else { return };
             let (host, port) = authority_parts(head.authority.as_ref());
-            let wanted = Wanted { destination: None, host, port, hash: None };
+            let wanted = Wanted { destination: None, host, port, hash: None, client: None };
             let http2 = speaks_http2(&cluster, client);
             let Ok((method, uri, headers)) = towards(head, http2) else { return };
             let Ok(endpoint) = choose(&worker, &cluster, &wanted, &[]).await else { return };
@@ -47,7 +47,7 @@ pub(super) fn start(
                 *request.version_mut() = Version::HTTP_2;
             }
             *request.headers_mut() = headers;
-            let sent = http::send(&cluster, &endpoint, request, http2, cluster.host_of(&wanted), None).await;
+            let sent = http::send(&cluster, &endpoint, request, http2, cluster.apart(&wanted).as_ref(), None).await;
             if let Ok((response, lease)) = sent {
                 let mut body = response.into_body();
                 while let Some(Ok(_)) = body.frame().await {}

@@ -460,7 +460,7 @@ mod tests {
 
     #[test]
     fn a_transport_that_is_not_known_is_refused_and_not_left_out() {
-        for name in ["envoy.transport_sockets.quic", "envoy.transport_sockets.upstream_proxy_protocol"] {
+        for name in ["envoy.transport_sockets.quic", "envoy.transport_sockets.tap"] {
             let mut other = cluster(DiscoveryType::Static, vec![at("1.2.3.4", 80)]);
             other.transport_socket = Some(TransportSocket { name: name.into(), config_type: None });
             assert_eq!(Spec::read(other), Err(ClusterError::Transport(name.into())));

@@ -8,12 +8,12 @@ use std::{
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpStream, UnixStream},
 };
 use tokio_rustls::client::TlsStream;
 
-use super::{Resolved, breakers::Taken, cluster::Address, options::Keepalive, tls::Connector};
+use super::{Apart, Resolved, breakers::Taken, cluster::Address, options::Keepalive, proxy_protocol, tls::Connector};
 use crate::{
     listener::relay::Socket,
     stats::{self, UpstreamOpen},
@@ -47,8 +47,8 @@ pub enum ConnectError {
     Timeout,
 }
 
-/// Connects to the first of the addresses that answers, in order, all within one timeout; `host` is what the request
-/// is for; `first`: the limit of connections does not matter.
+/// Connects to the first of the addresses that answers, in order, all within one timeout; `apart` is what the
+/// connection is for; `first`: the limit of connections does not matter.
 ///
 /// # Errors
 /// The last address's failure, or the timeout.
@@ -56,7 +56,7 @@ pub async fn connect(
     addresses: &[Address],
     spec: &Resolved,
     tls: &Connector,
-    host: Option<&str>,
+    apart: Option<&Apart>,
     first: bool,
 ) -> Result<(Stream, Address), ConnectError> {
     let Ok(mut counted) = spec.shared.connection(&spec.options.limits, first) else {
@@ -78,7 +78,14 @@ pub async fn connect(
                     UnixStream::connect(path).await.map(|stream| Stream::Unix(stream, UpstreamOpen::new()))
                 }
             };
-            let opened = opened.map(|stream| stream.holding(counted.take()));
+            let mut opened = opened.map(|stream| stream.holding(counted.take()));
+            if let (Ok(stream), Some(version)) = (&mut opened, spec.options.proxy) {
+                let header = proxy_protocol::header(version, apart.and_then(|apart| apart.client), stream.ends());
+                if let Err(error) = stream.write_all(&header).await {
+                    opened = Err(error);
+                }
+            }
+            let host = apart.and_then(|apart| apart.host.as_deref());
             let secured = match (opened, &spec.options.tls) {
                 (Ok(stream), None) => Ok(stream),
                 (Ok(stream), Some(settings)) => Box::pin(tls.connect(settings, host, stream)).await,
@@ -127,6 +134,14 @@ impl Stream {
             Self::Tcp(stream, _) => Some(Socket::Tcp(stream)),
             Self::Unix(stream, _) => Some(Socket::Unix(stream)),
             Self::Tls(_) => None,
+        }
+    }
+
+    /// Both ends of a TCP connection.
+    fn ends(&self) -> Option<proxy_protocol::Ends> {
+        match self {
+            Self::Tcp(stream, _) => stream.local_addr().ok().zip(stream.peer_addr().ok()),
+            Self::Unix(..) | Self::Tls(_) => None,
         }
     }
 

@@ -107,7 +107,12 @@ impl Shared {
                 if rules.split {
                     health.local.store(0, Relaxed);
                 }
-                status
+                match &rules.codes[..] {
+                    [] => status,
+                    // As Envoy: those of the list are at least 500, and others are none.
+                    codes if codes.contains(&status) => status.max(500),
+                    _ => 200,
+                }
             }
             Outcome::Connected if rules.split => {
                 health.local.store(0, Relaxed);
@@ -195,6 +200,7 @@ mod tests {
 
     fn rules() -> Ejection {
         Ejection {
+            codes: Vec::new(),
             errors: Some(3),
             gateway_errors: None,
             local: Some(2),

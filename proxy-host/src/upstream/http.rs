@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
 use super::{
-    Active, Cluster, Endpoint,
+    Active, Apart, Cluster, Endpoint,
     breakers::{Overflow, Taken},
     cluster::Address,
     connect::ConnectError,
@@ -43,8 +43,8 @@ pub struct Pool {
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
     address: Address,
-    /// Host that the connection is for, where that matters.
-    host: Option<Rc<str>>,
+    /// What the connection is for, where that matters.
+    apart: Option<Rc<Apart>>,
     /// Requests that it may still carry.
     left: u32,
     since: Instant,
@@ -54,7 +54,7 @@ struct Idle {
 struct Shared {
     sender: http2::SendRequest<RequestBody>,
     address: Address,
-    host: Option<Rc<str>>,
+    apart: Option<Rc<Apart>>,
     left: Rc<Cell<u32>>,
     used: Rc<Cell<Instant>>,
 }
@@ -63,7 +63,8 @@ impl Pool {
     /// Drops connections that are closed or have been idle for too long.
     pub fn sweep(&self, now: Instant, idle: Option<Duration>) {
         let old = |since: Instant| idle.is_some_and(|idle| now.saturating_duration_since(since) >= idle);
-        self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && !old(c.since));
+        let over = |apart: &Option<Rc<Apart>>| apart.as_ref().is_some_and(|apart| apart.is_over());
+        self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && !old(c.since) && !over(&c.apart));
         let mut http2 = self.http2.borrow_mut();
         // Its requests, if there are any, go on.
         if http2.as_ref().is_some_and(|shared| shared.sender.is_closed() || old(shared.used.get())) {
@@ -82,7 +83,7 @@ impl Pool {
 pub struct Lease {
     endpoint: Rc<Endpoint>,
     sender: Option<http1::SendRequest<RequestBody>>,
-    host: Option<Rc<str>>,
+    apart: Option<Rc<Apart>>,
     left: u32,
     /// The address that answered.
     pub address: Address,
@@ -94,8 +95,8 @@ impl Lease {
     /// Puts the connection back for the next request.
     pub fn finish(mut self) {
         if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed() && self.left > 0) {
-            let (address, host) = (self.address.clone(), self.host.take());
-            let idle = Idle { sender, address, host, left: self.left, since: Instant::now() };
+            let (address, apart) = (self.address.clone(), self.apart.take());
+            let idle = Idle { sender, address, apart, left: self.left, since: Instant::now() };
             self.endpoint.pool.idle.borrow_mut().push(idle);
             self.endpoint.pool.freed.notify_one();
         }
@@ -164,7 +165,7 @@ pub async fn send(
     endpoint: &Rc<Endpoint>,
     mut request: Request<RequestBody>,
     http2: bool,
-    host: Option<&str>,
+    apart: Option<&Rc<Apart>>,
     limit: Option<Limit>,
 ) -> Result<(Response<Incoming>, Lease), SendError> {
     let spec = cluster.spec();
@@ -174,7 +175,7 @@ pub async fn send(
     };
     let active = endpoint.begin();
     loop {
-        let Checked { mut sender, address, host, left, kept } = match checkout(cluster, endpoint, http2, host).await {
+        let Checked { mut sender, address, apart, left, kept } = match checkout(cluster, endpoint, http2, apart).await {
             Ok(found) => found,
             Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
         };
@@ -201,7 +202,7 @@ pub async fn send(
                 let lease = Lease {
                     endpoint: endpoint.clone(),
                     sender,
-                    host,
+                    apart,
                     left,
                     address,
                     _active: active,
@@ -232,7 +233,7 @@ enum Sender {
 struct Checked {
     sender: Sender,
     address: Address,
-    host: Option<Rc<str>>,
+    apart: Option<Rc<Apart>>,
     /// Requests that the connection may carry after this one.
     left: u32,
     /// It had been used before.
@@ -243,47 +244,47 @@ async fn checkout(
     cluster: &Cluster,
     endpoint: &Rc<Endpoint>,
     http2: bool,
-    host: Option<&str>,
+    apart: Option<&Rc<Apart>>,
 ) -> Result<Checked, ConnectError> {
-    if let Some(kept) = reuse(cluster, endpoint, http2, host).await {
+    if let Some(kept) = reuse(cluster, endpoint, http2, apart).await {
         return Ok(kept);
     }
     // Opening one is rare: its state must not weigh on each request.
     let limits = cluster.spec().options.limits;
     if limits.connections.is_some() || limits.pending.is_some() {
-        return Box::pin(wait(cluster, endpoint, http2, host)).await;
+        return Box::pin(wait(cluster, endpoint, http2, apart)).await;
     }
-    Box::pin(open(cluster, endpoint, http2, host)).await
+    Box::pin(open(cluster, endpoint, http2, apart)).await
 }
 
 /// A connection of those that are kept.
-async fn reuse(cluster: &Cluster, endpoint: &Rc<Endpoint>, http2: bool, host: Option<&str>) -> Option<Checked> {
+async fn reuse(cluster: &Cluster, endpoint: &Rc<Endpoint>, http2: bool, apart: Option<&Rc<Apart>>) -> Option<Checked> {
     if http2 {
         let kept = endpoint.pool.http2.borrow().clone();
-        let Shared { mut sender, address, host: its, left, used } = kept?;
-        if its.as_deref() != host || left.get() == 0 || sender.ready().await.is_err() {
+        let Shared { mut sender, address, apart: its, left, used } = kept?;
+        if its.as_ref() != apart || left.get() == 0 || sender.ready().await.is_err() {
             return None;
         }
         left.set(left.get().saturating_sub(1));
         used.set(Instant::now());
-        return Some(Checked { sender: Sender::Http2(sender), address, host: its, left: left.get(), kept: true });
+        return Some(Checked { sender: Sender::Http2(sender), address, apart: its, left: left.get(), kept: true });
     }
     loop {
         let kept = {
             let mut idle = endpoint.pool.idle.borrow_mut();
-            match host {
+            match apart {
                 None => idle.pop(),
-                Some(_) => idle.iter().rposition(|c| c.host.as_deref() == host).map(|at| idle.swap_remove(at)),
+                Some(_) => idle.iter().rposition(|c| c.apart.as_ref() == apart).map(|at| idle.swap_remove(at)),
             }
         };
-        let Idle { mut sender, address, host, left, since } = kept?;
+        let Idle { mut sender, address, apart, left, since } = kept?;
         // Where the time is short, looking for old ones now and then is not enough.
         let short = cluster.spec().options.idle.filter(|idle| *idle < options::IDLE);
         if short.is_some_and(|idle| since.elapsed() >= idle) {
             continue;
         }
         if !sender.is_closed() && sender.ready().await.is_ok() {
-            return Some(Checked { sender: Sender::Http1(sender), address, host, left: left - 1, kept: true });
+            return Some(Checked { sender: Sender::Http1(sender), address, apart, left: left - 1, kept: true });
         }
     }
 }
@@ -293,7 +294,7 @@ async fn wait(
     cluster: &Cluster,
     endpoint: &Rc<Endpoint>,
     http2: bool,
-    host: Option<&str>,
+    apart: Option<&Rc<Apart>>,
 ) -> Result<Checked, ConnectError> {
     let spec = cluster.spec();
     let overflow = || {
@@ -302,12 +303,12 @@ async fn wait(
     };
     let _waiting = spec.shared.waiting(&spec.options.limits).map_err(|Overflow| overflow())?;
     loop {
-        match open(cluster, endpoint, http2, host).await {
+        match open(cluster, endpoint, http2, apart).await {
             Err(ConnectError::Overflow) => {}
             opened => return opened,
         }
         endpoint.pool.freed.notified().await;
-        if let Some(kept) = reuse(cluster, endpoint, http2, host).await {
+        if let Some(kept) = reuse(cluster, endpoint, http2, apart).await {
             return Ok(kept);
         }
     }
@@ -337,17 +338,18 @@ async fn open(
     cluster: &Cluster,
     endpoint: &Rc<Endpoint>,
     http2: bool,
-    host: Option<&str>,
+    apart: Option<&Rc<Apart>>,
 ) -> Result<Checked, ConnectError> {
     // Each endpoint may have one on each worker, or its requests would wait for ever.
     let first = endpoint.pool.open.get() == 0;
     endpoint.pool.open.set(endpoint.pool.open.get() + 1);
     let mut open = Open(Rc::downgrade(endpoint), true);
-    let (stream, address) = cluster.connect_for(endpoint, host, first).await.inspect_err(|error| {
-        // By a connection that there may not be none becomes free.
-        open.1 = !matches!(error, ConnectError::Overflow);
-    })?;
-    let (host, left) = (host.map(Rc::from), most(cluster));
+    let (stream, address) =
+        cluster.connect_for(endpoint, apart.map(|apart| &**apart), first).await.inspect_err(|error| {
+            // By a connection that there may not be none becomes free.
+            open.1 = !matches!(error, ConnectError::Overflow);
+        })?;
+    let (apart, left) = (apart.cloned(), most(cluster));
     let sender = if http2 {
         let mut builder = http2::Builder::new(LocalExec);
         builder.timer(TokioTimer::new());
@@ -360,7 +362,7 @@ async fn open(
         *endpoint.pool.http2.borrow_mut() = Some(Shared {
             sender: sender.clone(),
             address: address.clone(),
-            host: host.clone(),
+            apart: apart.clone(),
             left: Rc::new(Cell::new(left)),
             used: Rc::new(Cell::new(Instant::now())),
         });
@@ -374,7 +376,7 @@ async fn open(
         });
         Sender::Http1(sender)
     };
-    Ok(Checked { sender, address, host, left, kept: false })
+    Ok(Checked { sender, address, apart, left, kept: false })
 }
 
 fn broken(error: hyper::Error) -> ConnectError {

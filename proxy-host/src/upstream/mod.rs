@@ -8,19 +8,21 @@ pub mod hash;
 pub mod health;
 pub mod http;
 pub mod options;
+pub mod proxy_protocol;
 pub mod tls;
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     net::SocketAddr,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
     time::Instant,
 };
 
 use crate::{
     dns::{ResolveError, Resolver},
+    filter::Connection,
     stats,
 };
 use balance::{Balancer, Rules, Weighted};
@@ -42,6 +44,32 @@ pub struct Wanted {
     pub port: Option<u16>,
     /// What keeps requests together.
     pub hash: Option<u64>,
+    /// Who wants it, where it is a client.
+    pub client: Option<Rc<Connection>>,
+}
+
+/// What a connection is for, where that keeps it apart from others of its endpoint.
+#[derive(Debug, Default)]
+pub struct Apart {
+    /// The host that is asked for.
+    host: Option<String>,
+    /// The client's ends, where the upstream is told.
+    client: Option<proxy_protocol::Ends>,
+    /// Ends with the client's connection.
+    life: Weak<Connection>,
+}
+
+impl PartialEq for Apart {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.host, self.client) == (&other.host, other.client)
+    }
+}
+
+impl Apart {
+    /// Nobody will ask for such a connection again.
+    fn is_over(&self) -> bool {
+        self.client.is_some() && self.life.strong_count() == 0
+    }
 }
 
 /// Why a cluster has nowhere to go.
@@ -163,7 +191,7 @@ impl Cluster {
                         kept.clone()
                     }
                     _ => {
-                        let health = spec.options.ejection.map(|_| spec.shared.host(&new.at));
+                        let health = spec.options.ejection.as_ref().map(|_| spec.shared.host(&new.at));
                         let new = Endpoint::new(new.at.clone(), new.weight, new.priority, new.locality);
                         Rc::new(Endpoint { health, ..new })
                     }
@@ -294,8 +322,9 @@ impl Cluster {
     ///
     /// # Errors
     /// The endpoint refuses or does not answer in time.
-    pub async fn connect(&self, endpoint: &Endpoint) -> Result<(Stream, Address), ConnectError> {
-        let connected = self.connect_for(endpoint, None, false).await;
+    pub async fn connect(&self, endpoint: &Endpoint, wanted: &Wanted) -> Result<(Stream, Address), ConnectError> {
+        let apart = self.told(wanted).map(|client| Apart { client: Some(client), ..Apart::default() });
+        let connected = self.connect_for(endpoint, apart.as_ref(), false).await;
         match &connected {
             Ok(_) => self.note(endpoint, Outcome::Connected),
             Err(ConnectError::Overflow) => stats::here(|stats| stats.upstream_overflows.add(1)),
@@ -304,24 +333,40 @@ impl Cluster {
         connected
     }
 
-    /// Opens a connection for requests to this host; `first`: it may, whatever the limit.
+    /// Opens a connection for such requests; `first`: it may, whatever the limit.
     ///
     /// # Errors
     /// As [`Cluster::connect`].
     pub async fn connect_for(
         &self,
         endpoint: &Endpoint,
-        host: Option<&str>,
+        apart: Option<&Apart>,
         first: bool,
     ) -> Result<(Stream, Address), ConnectError> {
-        connect::connect(&endpoint.addresses, &self.spec, &self.tls, host, first).await
+        connect::connect(&endpoint.addresses, &self.spec, &self.tls, apart, first).await
     }
 
-    /// The host that connections have to be kept apart by, where they do.
+    /// What connections have to be kept apart by, where they do.
     #[must_use]
-    pub fn host_of<'w>(&self, wanted: &'w Wanted) -> Option<&'w str> {
-        let tls = self.spec.options.tls.as_ref()?;
-        wanted.host.as_deref().filter(|_| tls.name_of_host || tls.certified_host)
+    pub fn apart(&self, wanted: &Wanted) -> Option<Rc<Apart>> {
+        let options = &self.spec.options;
+        if options.tls.is_none() && options.proxy.is_none() {
+            return None;
+        }
+        let by_host = options.tls.as_ref().is_some_and(|tls| tls.name_of_host || tls.certified_host);
+        let host = wanted.host.clone().filter(|_| by_host);
+        let client = self.told(wanted);
+        if host.is_none() && client.is_none() {
+            return None;
+        }
+        let life = wanted.client.as_ref().map(Rc::downgrade).unwrap_or_default();
+        Some(Rc::new(Apart { host, client, life }))
+    }
+
+    /// The client's ends, where the upstream is told.
+    fn told(&self, wanted: &Wanted) -> Option<proxy_protocol::Ends> {
+        self.spec.options.proxy?;
+        wanted.client.as_ref().map(|client| (client.source, client.destination))
     }
 
     /// Closes connections that nobody has used for long, and forgets dialled endpoints without any.

@@ -5,10 +5,17 @@ use std::{path::PathBuf, time::Duration};
 use portolan_proto::envoy::envoy::{
     config::{
         cluster::v3::{Cluster, OutlierDetection},
-        core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
+        common::matcher::v3::{MatchPredicate, match_predicate::Rule},
+        core::v3::{
+            DataSource, TransportSocket, data_source::Specifier, proxy_protocol_config, transport_socket::ConfigType,
+        },
+        route::v3::{HeaderMatcher, header_matcher::HeaderMatchSpecifier::StringMatch},
     },
     extensions::{
-        transport_sockets::tls::v3::{UpstreamTlsContext, common_tls_context::ValidationContextType},
+        transport_sockets::{
+            proxy_protocol::v3::ProxyProtocolUpstreamTransport,
+            tls::v3::{UpstreamTlsContext, common_tls_context::ValidationContextType},
+        },
         upstreams::http::v3::HttpProtocolOptions,
     },
     r#type::matcher::v3::string_matcher::MatchPattern,
@@ -16,10 +23,12 @@ use portolan_proto::envoy::envoy::{
 use portolan_proto::envoy::google::protobuf::{self, UInt32Value};
 use prost::Message as _;
 
-use super::{cluster::ClusterError, tls::Tls};
+use super::{cluster::ClusterError, proxy_protocol::Version, tls::Tls};
 
 /// Under this name stand a cluster's options for HTTP.
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+/// Name of the transport socket that begins with a header of the PROXY protocol.
+const PROXY_PROTOCOL: &str = "envoy.transport_sockets.upstream_proxy_protocol";
 /// Unused connections are closed after this time (Envoy's default for HTTP).
 pub const IDLE: Duration = Duration::from_secs(3600);
 /// Envoy's default for the share of endpoints that have to be well, in percent.
@@ -30,12 +39,16 @@ const PANIC: u32 = 50;
 pub struct Options {
     /// TLS towards endpoints.
     pub tls: Option<Tls>,
+    /// The header of the PROXY protocol that begins a connection.
+    pub proxy: Option<Version>,
     /// TCP keepalive: idle time, interval, probes; what is not said is the system's.
     pub keepalive: Option<Keepalive>,
     /// Unused connections are closed after this time; `None`: never.
     pub idle: Option<Duration>,
     /// Silence that ends a TCP connection; `None` where the proxy's own limit holds, zero for no limit.
     pub tcp_idle: Option<Duration>,
+    /// Longest life of a TCP connection.
+    pub tcp_life: Option<Duration>,
     /// Requests that a connection carries in its life.
     pub requests_per_connection: Option<u32>,
     /// Most that may be going on at a time.
@@ -50,9 +63,11 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             tls: None,
+            proxy: None,
             keepalive: None,
             idle: Some(IDLE),
             tcp_idle: None,
+            tcp_life: None,
             requests_per_connection: None,
             limits: Limits::default(),
             ejection: None,
@@ -96,8 +111,10 @@ impl Limits {
 }
 
 /// Outlier detection. A threshold of `None` is switched off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ejection {
+    /// Statuses that are failures, and no others; none: those from 500 on.
+    pub codes: Vec<u16>,
     /// Failures with a status of 500 or above in a row.
     pub errors: Option<u32>,
     /// Failures with 502, 503 or 504 in a row.
@@ -147,7 +164,13 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
         return Err(unsupported(&socket.name));
     }
     let http = http(cluster)?.unwrap_or_default();
-    let tls = match &cluster.transport_socket {
+    let outer = cluster.transport_socket.as_ref().filter(|socket| socket.name == PROXY_PROTOCOL);
+    let outer = outer.map(proxy_protocol).transpose()?;
+    let (proxy, socket) = match &outer {
+        Some((version, inner)) => (Some(*version), inner.as_ref()),
+        None => (None, cluster.transport_socket.as_ref()),
+    };
+    let tls = match socket {
         None => None,
         Some(socket) if socket.name == "envoy.transport_sockets.raw_buffer" => None,
         Some(socket) if socket.name == "envoy.transport_sockets.tls" => Some(tls(socket, &http)?),
@@ -159,10 +182,15 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
         Some(idle) => Some(idle).filter(|idle| !idle.is_zero()),
         None => Some(IDLE),
     };
+    let mut codes = Vec::new();
+    if let Some(matcher) = http.outlier_detection.as_ref().and_then(|outlier| outlier.error_matcher.as_ref()) {
+        statuses(matcher, &mut codes)?;
+    }
     let keepalive = cluster.upstream_connection_options.as_ref().and_then(|o| o.tcp_keepalive.as_ref());
     let panic = cluster.common_lb_config.as_ref().and_then(|common| common.healthy_panic_threshold.as_ref());
     Ok(Options {
         tls,
+        proxy,
         keepalive: keepalive.map(|keepalive| Keepalive {
             time: number(keepalive.keepalive_time.as_ref()).map(|s| Duration::from_secs(s.into())),
             interval: number(keepalive.keepalive_interval.as_ref()).map(|s| Duration::from_secs(s.into())),
@@ -170,10 +198,12 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
         }),
         idle,
         tcp_idle: said,
+        tcp_life: time(common.and_then(|common| common.max_connection_duration.as_ref()))
+            .filter(|life| !life.is_zero()),
         requests_per_connection: number(common.and_then(|common| common.max_requests_per_connection.as_ref()))
             .filter(|most| *most > 0),
         limits: limits(cluster),
-        ejection: cluster.outlier_detection.as_ref().map(ejection),
+        ejection: cluster.outlier_detection.as_ref().map(|settings| ejection(settings, codes)),
         panic: panic.map_or(PANIC, |panic| percent(panic.value)),
     })
 }
@@ -200,7 +230,28 @@ fn limits(cluster: &Cluster) -> Limits {
     }
 }
 
-fn ejection(settings: &OutlierDetection) -> Ejection {
+/// The statuses that a matcher of responses takes.
+fn statuses(matcher: &MatchPredicate, into: &mut Vec<u16>) -> Result<(), ClusterError> {
+    let other = || unsupported("outlier detection by anything but a response's status");
+    match &matcher.rule {
+        Some(Rule::OrMatch(any)) => any.rules.iter().try_for_each(|one| statuses(one, into)),
+        Some(Rule::HttpResponseHeadersMatch(all)) => {
+            let [HeaderMatcher { name, header_match_specifier: Some(StringMatch(text)), invert_match: false, .. }] =
+                &all.headers[..]
+            else {
+                return Err(other());
+            };
+            match &text.match_pattern {
+                Some(MatchPattern::Exact(code)) if name == ":status" => into.push(code.parse().map_err(|_| other())?),
+                _ => return Err(other()),
+            }
+            Ok(())
+        }
+        _ => Err(other()),
+    }
+}
+
+fn ejection(settings: &OutlierDetection, codes: Vec<u16>) -> Ejection {
     // The share of cases in which a threshold is kept to; Envoy draws lots, which nobody asks for.
     let check = |threshold: Option<&UInt32Value>, enforced: Option<&UInt32Value>, by_default: bool| {
         let enforced = number(enforced).map_or(by_default, |share| share > 0);
@@ -208,6 +259,7 @@ fn ejection(settings: &OutlierDetection) -> Ejection {
     };
     let base = time(settings.base_ejection_time.as_ref()).unwrap_or(Duration::from_secs(30));
     Ejection {
+        codes,
         errors: check(settings.consecutive_5xx.as_ref(), settings.enforcing_consecutive_5xx.as_ref(), true),
         gateway_errors: check(
             settings.consecutive_gateway_failure.as_ref(),
@@ -225,6 +277,18 @@ fn ejection(settings: &OutlierDetection) -> Ejection {
         longest: time(settings.max_ejection_time.as_ref()).unwrap_or(Duration::from_secs(300).max(base)),
         share: number(settings.max_ejection_percent.as_ref()).unwrap_or(10).min(100),
     }
+}
+
+/// The version, and the socket within.
+fn proxy_protocol(socket: &TransportSocket) -> Result<(Version, Option<TransportSocket>), ClusterError> {
+    let Some(ConfigType::TypedConfig(config)) = &socket.config_type else {
+        return Err(unsupported("PROXY protocol without a configuration"));
+    };
+    let outer = ProxyProtocolUpstreamTransport::decode(config.value.as_slice())
+        .map_err(|error| ClusterError::Transport(format!("PROXY protocol: {error}")))?;
+    let version = outer.config.unwrap_or_default().version;
+    let is_v2 = version == i32::from(proxy_protocol_config::Version::V2);
+    Ok((if is_v2 { Version::V2 } else { Version::V1 }, outer.transport_socket))
 }
 
 fn path(source: &DataSource) -> Result<PathBuf, ClusterError> {
@@ -257,10 +321,8 @@ fn tls(socket: &TransportSocket, http: &HttpProtocolOptions) -> Result<Tls, Clus
         ..Tls::default()
     };
     if let Some(validation) = validation {
-        if validation.crl.is_some() {
-            return Err(unsupported("TLS with a list of revoked certificates (caCrl)"));
-        }
         tls.authorities = validation.trusted_ca.as_ref().map(path).transpose()?;
+        tls.revoked = validation.crl.as_ref().map(path).transpose()?;
         for matcher in &validation.match_subject_alt_names {
             match &matcher.match_pattern {
                 Some(MatchPattern::Exact(name)) => tls.names.push(name.clone()),

@@ -12,9 +12,11 @@ use std::{
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    client::verify_server_cert_signed_by_trust_anchor,
+    client::{WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor},
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _,
+    },
     server::ParsedCertificate,
 };
 use tokio_rustls::TlsConnector;
@@ -35,6 +37,8 @@ pub struct Tls {
     pub name_of_host: bool,
     /// Authorities of the server's certificate, PEM; without them any certificate is taken.
     pub authorities: Option<PathBuf>,
+    /// Lists of certificates that the authorities have revoked, PEM.
+    pub revoked: Option<PathBuf>,
     /// Names of which the server's certificate must have one; none: no matter.
     pub names: Vec<String>,
     /// The certificate must also be for the host that the request is for.
@@ -54,10 +58,12 @@ pub(crate) enum TlsError {
     Empty(PathBuf),
     #[error("{}: {error}", path.display())]
     Unusable { path: PathBuf, error: rustls::Error },
+    #[error("{}: {error}", path.display())]
+    Revoked { path: PathBuf, error: rustls::client::VerifierBuilderError },
 }
 
 /// When each of the files was changed, as far as that is known.
-type Stamps = [Option<SystemTime>; 3];
+type Stamps = [Option<SystemTime>; 4];
 
 /// Opens TLS on connections of one cluster.
 #[derive(Default)]
@@ -85,7 +91,7 @@ impl Connector {
 
     fn config(&self, tls: &Tls) -> Result<Arc<ClientConfig>, TlsError> {
         let (certificate, key) = tls.own.as_ref().map(|(c, k)| (c.as_path(), k.as_path())).unzip();
-        let stamps = [tls.authorities.as_deref(), certificate, key].map(stamp);
+        let stamps = [tls.authorities.as_deref(), tls.revoked.as_deref(), certificate, key].map(stamp);
         if let Some((known, config)) = &*self.loaded.borrow()
             && *known == stamps
         {
@@ -123,7 +129,12 @@ fn load(tls: &Tls) -> Result<ClientConfig, TlsError> {
             Some(roots)
         }
     };
-    let verifier = Verifier { provider: provider.clone(), roots, names: tls.names.clone(), host: tls.certified_host };
+    let revoked = match (&roots, &tls.revoked) {
+        (Some(roots), Some(path)) => Some(revoked(path, roots, &provider)?),
+        _ => None,
+    };
+    let (names, host) = (tls.names.clone(), tls.certified_host);
+    let verifier = Verifier { provider: provider.clone(), roots, revoked, names, host };
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let builder = builder.map_err(unusable(Path::new("TLS")))?;
     let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
@@ -139,12 +150,33 @@ fn load(tls: &Tls) -> Result<ClientConfig, TlsError> {
     Ok(config)
 }
 
+/// What refuses certificates that the lists in a file name. As in Envoy each authority of a chain must have a list, and one
+/// that is too old says nothing.
+fn revoked(
+    path: &Path,
+    roots: &RootCertStore,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
+    let failed = |error| TlsError::File { path: path.to_owned(), error };
+    let lists = CertificateRevocationListDer::pem_file_iter(path).map_err(failed)?;
+    let lists = lists.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    if lists.is_empty() {
+        return Err(TlsError::Empty(path.to_owned()));
+    }
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots.clone()), provider.clone())
+        .with_crls(lists)
+        .enforce_revocation_expiration()
+        .build()
+        .map_err(|error| TlsError::Revoked { path: path.to_owned(), error })
+}
+
 /// Looks at the server's certificate as Envoy does: a chain to one of the authorities, and a name of the list, which has
 /// nothing to do with the name that was asked for.
 #[derive(Debug)]
 struct Verifier {
     provider: Arc<CryptoProvider>,
     roots: Option<RootCertStore>,
+    revoked: Option<Arc<WebPkiServerVerifier>>,
     names: Vec<String>,
     host: bool,
 }
@@ -162,6 +194,16 @@ impl ServerCertVerifier for Verifier {
         let parsed = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
         verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, algorithms)?;
+        if let Some(revoked) = &self.revoked {
+            match revoked.verify_server_cert(end_entity, intermediates, server_name, &[], now) {
+                // It looks at the name last, for which there are rules of our own.
+                Ok(_)
+                | Err(rustls::Error::InvalidCertificate(
+                    CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+                )) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let wrong = || rustls::Error::InvalidCertificate(CertificateError::NotValidForName);
         if !self.names.is_empty() && !has_name(end_entity, &self.names) {
             return Err(wrong());
