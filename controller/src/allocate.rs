@@ -188,7 +188,7 @@ fn address(family: usize, place: u128) -> IpAddr {
 
 /// FNV-1a: written down somewhere, so that it stays the same.
 fn hash((namespace, host): &Key) -> u64 {
-    let bytes = namespace.bytes().chain([b'/']).chain(host.bytes());
+    let bytes = namespace.bytes().chain(*b"/").chain(host.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 

@@ -15,6 +15,9 @@ use portolan_proto::v1::DnsName;
 /// Istio's: low, so that clients hear of changes soon.
 const TTL: u32 = 30;
 
+/// Whose a name is: a host's own name goes before a short form.
+type Whose = BTreeMap<(bool, String), Rc<[IpAddr]>>;
+
 /// The registry's names.
 #[derive(Debug, Default)]
 pub struct Names {
@@ -23,8 +26,8 @@ pub struct Names {
     /// The first search domain of clients, in lower case.
     search: Option<String>,
     by_host: HashMap<String, Vec<String>>,
-    /// By name, in lower case without a trailing dot: whose it is; a host's own name goes before a short form.
-    table: HashMap<String, BTreeMap<(bool, String), Rc<[IpAddr]>>>,
+    /// By name, in lower case without a trailing dot.
+    table: HashMap<String, Whose>,
 }
 
 /// What a name is known as.
