@@ -20,12 +20,12 @@ const DEEP: u32 = u32::MAX - 1;
 /// depth; a table as deep as the deepest of them would be many times as large.
 const SHARE: usize = 32;
 
-/// A page on its way in.
+/// A page on its way in or out: its bytes lie in their place, and the table does not show it.
 #[derive(Debug)]
 struct Staged {
     id: u32,
     digest: u64,
-    bytes: Vec<u8>,
+    entry: Entry,
 }
 
 /// An entry of the table: where a page is, and two bits for each of its rows, so that most keys that are in no page are
@@ -106,7 +106,17 @@ impl Pages {
         }
     }
 
-    fn remove(&mut self, id: u32) -> Option<Staged> {
+    /// Gives a page its place.
+    fn put(&mut self, id: u32, digest: u64, bytes: &[u8]) -> Staged {
+        Staged { id, digest, entry: Entry::new(self.blocks.put(id, bytes), bytes) }
+    }
+
+    fn free(&mut self, page: &Staged) {
+        self.blocks.free(page.entry.at);
+    }
+
+    /// Takes a page out of the table.
+    fn unlink(&mut self, id: u32) -> Option<Staged> {
         if id == 0 || id.ilog2() > MAX_DEPTH {
             return None;
         }
@@ -119,8 +129,8 @@ impl Pages {
         if self.blocks.id(at)? != id {
             return None;
         }
-        let bytes = self.blocks.page(at)?.to_vec();
-        self.blocks.free(at);
+        let page = self.blocks.page(at)?;
+        let (digest, entry) = (page::stated(page), Entry::new(at, page));
         if let Some(range) = range {
             self.table.get_mut(range)?.fill(Entry::NONE);
         } else {
@@ -131,15 +141,15 @@ impl Pages {
                 *self.above(start)? = Entry::NONE;
             }
         }
-        let digest = page::stated(&bytes);
         self.digest = self.digest.wrapping_sub(hash::contribution(id, digest));
         self.covered -= width;
         self.count -= 1;
-        Some(Staged { id, digest, bytes })
+        Some(Staged { id, digest, entry })
     }
 
-    fn insert(&mut self, staged: &Staged) -> Result<(), FormatError> {
-        let id = staged.id;
+    /// Has the table show a page.
+    fn link(&mut self, page: &Staged) -> Result<(), FormatError> {
+        let id = page.id;
         let overlap = FormatError::Cover { id };
         if self.table.is_empty() {
             self.table = vec![Entry::NONE];
@@ -151,7 +161,7 @@ impl Pages {
                 if entries.iter().any(|e| e.at != NONE) {
                     return Err(overlap);
                 }
-                entries.fill(Entry::new(self.blocks.put(id, &staged.bytes), &staged.bytes));
+                entries.fill(page.entry);
             }
             None => {
                 let before = self.deep.range(..=start).next_back().map(|(at, (id, _))| at + places(*id).1);
@@ -164,14 +174,13 @@ impl Pages {
                     return Err(overlap);
                 }
                 *entry = Entry::DEEP;
-                let at = self.blocks.put(id, &staged.bytes);
-                self.deep.insert(start, (id, at));
+                self.deep.insert(start, (id, page.entry.at));
                 if self.deep.len() > self.table.len() / SHARE {
                     self.deepen();
                 }
             }
         }
-        self.digest = self.digest.wrapping_add(hash::contribution(id, staged.digest));
+        self.digest = self.digest.wrapping_add(hash::contribution(id, page.digest));
         self.covered += width;
         self.count += 1;
         Ok(())
@@ -247,7 +256,9 @@ impl Snapshot {
     /// Forgets the staged update.
     pub fn abandon(&mut self) {
         self.fresh = None;
-        self.staged.clear();
+        for page in std::mem::take(&mut self.staged) {
+            self.live.free(&page);
+        }
         self.dropped.clear();
         self.broken = None;
     }
@@ -255,14 +266,15 @@ impl Snapshot {
     /// Checks a page and adds it to the update, in place of the page of this id if there is one. After an error the
     /// update cannot be committed.
     pub fn stage(&mut self, id: u32, bytes: Vec<u8>) -> Result<(), FormatError> {
-        let staged = page::check(id, &bytes).and_then(|digest| {
-            let staged = Staged { id, digest, bytes };
-            match &mut self.fresh {
-                Some(pages) => pages.insert(&staged),
-                None => {
-                    self.staged.push(staged);
-                    Ok(())
-                }
+        let staged = page::check(id, &bytes).and_then(|digest| match &mut self.fresh {
+            Some(pages) => {
+                let page = pages.put(id, digest, &bytes);
+                pages.link(&page)
+            }
+            None => {
+                // What can be done now is not left for the end, when all pages take effect at once.
+                self.staged.push(self.live.put(id, digest, &bytes));
+                Ok(())
             }
         });
         if let Err(error) = &staged {
@@ -302,20 +314,22 @@ impl Snapshot {
     fn patch(&mut self, digest: u64) -> Result<(), FormatError> {
         let added = std::mem::take(&mut self.staged);
         let leaving = self.dropped.iter().copied().chain(added.iter().map(|s| s.id));
-        let removed: Vec<Staged> = leaving.filter_map(|id| self.live.remove(id)).collect();
-        let mut inserted = 0;
-        let result = added.iter().try_for_each(|staged| {
-            self.live.insert(staged)?;
-            inserted += 1;
+        let removed: Vec<Staged> = leaving.filter_map(|id| self.live.unlink(id)).collect();
+        let mut linked = 0;
+        let result = added.iter().try_for_each(|page| {
+            self.live.link(page)?;
+            linked += 1;
             Ok(())
         });
         let result = result.and_then(|()| self.live.complete(digest));
         if result.is_err() {
-            for staged in added.iter().take(inserted) {
-                self.live.remove(staged.id);
+            for page in added.iter().take(linked) {
+                self.live.unlink(page.id);
             }
-            removed.iter().try_for_each(|staged| self.live.insert(staged))?;
+            removed.iter().try_for_each(|page| self.live.link(page))?;
         }
+        let useless = if result.is_ok() { &removed } else { &added };
+        useless.iter().for_each(|page| self.live.free(page));
         result
     }
 
