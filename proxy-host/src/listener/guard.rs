@@ -8,7 +8,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
@@ -72,6 +72,9 @@ pub struct Control {
     /// The upstream gave it.
     go_on: AtomicBool,
     reader: AtomicWaker,
+    /// The connection is to be taken out of hyper, where it waits for a request.
+    park: AtomicBool,
+    parked: Mutex<Option<Rewind>>,
 }
 
 /// What hyper writes by itself when a body is asked for.
@@ -99,6 +102,17 @@ impl Control {
         }
     }
 
+    /// Whether a connection that waits for its next request is taken out when hyper next reads.
+    pub fn park(&self, park: bool) {
+        self.park.store(park, Relaxed);
+    }
+
+    /// The connection that was taken out.
+    #[must_use]
+    pub fn take_parked(&self) -> Option<Rewind> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Why the body under way ended early, where the client is at fault.
     #[must_use]
     pub fn broken(&self) -> Option<Refusal> {
@@ -109,7 +123,8 @@ impl Control {
 /// The connection.
 #[derive(Debug)]
 pub struct Guard {
-    inner: Rewind,
+    /// None once it is parked.
+    inner: Option<Rewind>,
     strict: Strict,
     control: Arc<Control>,
     /// May pass.
@@ -125,6 +140,13 @@ pub struct Guard {
     /// The rest of a 100 that is being written.
     going_on: &'static [u8],
     linger: Option<Pin<Box<Sleep>>>,
+    /// What hyper wrote has not all been taken.
+    writing: bool,
+}
+
+/// What hyper is told of a connection that is parked.
+fn gone() -> io::Error {
+    io::ErrorKind::NotConnected.into()
 }
 
 impl Guard {
@@ -132,7 +154,7 @@ impl Guard {
     #[must_use]
     pub fn new(inner: Rewind, control: Arc<Control>, limits: HttpLimits) -> Self {
         Self {
-            inner,
+            inner: Some(inner),
             strict: Strict::new(limits),
             control,
             ready: Bytes::new(),
@@ -143,7 +165,23 @@ impl Guard {
             deadline: None,
             going_on: &[],
             linger: None,
+            writing: false,
         }
+    }
+
+    fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        // The end, where it is parked.
+        self.inner.as_mut().map_or(Poll::Ready(Ok(())), |inner| Pin::new(inner).poll_read(cx, buf))
+    }
+
+    /// Takes the connection out, where that is asked for and nothing of it is under way.
+    fn is_parked(&mut self) -> bool {
+        let waits = self.strict.is_between() && self.ready.is_empty() && self.held.is_empty();
+        if !waits || self.refused || self.writing || !self.going_on.is_empty() {
+            return false;
+        }
+        *self.control.parked.lock().unwrap_or_else(PoisonError::into_inner) = self.inner.take();
+        true
     }
 
     /// Writes the upstream's 100 where it is due.
@@ -152,7 +190,8 @@ impl Guard {
             self.going_on = CONTINUE;
         }
         while !self.going_on.is_empty() {
-            let count = ready!(Pin::new(&mut self.inner).poll_write(cx, self.going_on))?;
+            let inner = self.inner.as_mut().ok_or_else(gone)?;
+            let count = ready!(Pin::new(inner).poll_write(cx, self.going_on))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -249,7 +288,7 @@ impl Guard {
             let mut into = ReadBuf::new(scratch);
             loop {
                 into.clear();
-                ready!(Pin::new(&mut self.inner).poll_read(cx, &mut into))?;
+                ready!(self.poll_inner(cx, &mut into))?;
                 // The end of the connection, or something for hyper.
                 if into.filled().is_empty() {
                     return Poll::Ready(Ok(()));
@@ -299,7 +338,7 @@ impl AsyncRead for Guard {
         // Only what cannot reach into the next request goes straight where it is wanted.
         if this.strict.unseen() >= buf.remaining() as u64 && this.held.is_empty() {
             let before = buf.filled().len();
-            ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+            ready!(this.poll_inner(cx, buf))?;
             this.strict.passed((buf.filled().len() - before) as u64);
             return Poll::Ready(Ok(()));
         }
@@ -307,6 +346,10 @@ impl AsyncRead for Guard {
         if read.is_pending() && this.is_late(cx) {
             this.held = BytesMut::new();
             this.end(Verdict::Refuse(0, LATE), buf);
+            return Poll::Ready(Ok(()));
+        }
+        // Only now: what was read from a TLS connection's socket is not there a second time.
+        if read.is_pending() && this.control.park.load(Relaxed) && this.is_parked() {
             return Poll::Ready(Ok(()));
         }
         read
@@ -319,7 +362,10 @@ impl AsyncWrite for Guard {
             return Poll::Ready(Ok(CONTINUE.len()));
         }
         ready!(self.poll_go_on(cx))?;
-        Pin::new(&mut self.inner).poll_write(cx, buf)
+        let this = &mut *self;
+        let wrote = Pin::new(this.inner.as_mut().ok_or_else(gone)?).poll_write(cx, buf);
+        this.writing = wrote.is_pending();
+        wrote
     }
 
     fn poll_write_vectored(
@@ -332,21 +378,28 @@ impl AsyncWrite for Guard {
             return Poll::Ready(Ok(CONTINUE.len()));
         }
         ready!(self.poll_go_on(cx))?;
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+        let this = &mut *self;
+        let wrote = Pin::new(this.inner.as_mut().ok_or_else(gone)?).poll_write_vectored(cx, bufs);
+        this.writing = wrote.is_pending();
+        wrote
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
+        self.inner.as_ref().is_some_and(Rewind::is_write_vectored)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        let Some(inner) = &mut self.inner else { return Poll::Ready(Ok(())) };
+        let flushed = Pin::new(inner).poll_flush(cx);
+        self.writing = flushed.is_pending();
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        let Some(inner) = &mut this.inner else { return Poll::Ready(Ok(())) };
         if this.linger.is_none() {
-            ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+            ready!(Pin::new(&mut *inner).poll_shutdown(cx))?;
             if !this.refused {
                 return Poll::Ready(Ok(()));
             }
@@ -360,7 +413,7 @@ impl AsyncWrite for Guard {
             loop {
                 dropped.clear();
                 // However it ends, it is over.
-                match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut dropped)) {
+                match ready!(Pin::new(&mut *inner).poll_read(cx, &mut dropped)) {
                     Ok(()) if !dropped.filled().is_empty() => {}
                     _ => return Poll::Ready(Ok(())),
                 }

@@ -5,6 +5,7 @@ pub mod frames;
 pub mod gateway;
 pub mod guard;
 pub mod http;
+mod keep_alive;
 pub mod plan;
 pub mod relay;
 pub mod rewind;

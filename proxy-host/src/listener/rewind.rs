@@ -78,6 +78,10 @@ impl AsyncRead for Rewind {
         let n = self.read.len().min(buf.remaining());
         buf.put_slice(&self.read[..n]);
         self.read.advance(n);
+        if self.read.is_empty() {
+            // Gives the memory back.
+            self.read = Bytes::new();
+        }
         Poll::Ready(Ok(()))
     }
 }

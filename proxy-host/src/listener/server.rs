@@ -13,17 +13,13 @@ use ::http::{Request, Response};
 use hyper::{
     body::{Body, Incoming},
     rt::bounds::Http2ServerConnExec,
-    server::conn::{http1, http2},
+    server::conn::http2,
     service::Service,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
-use super::{
-    calm::Calm,
-    guard::{Control, Guard},
-    rewind::Rewind,
-};
+use super::{calm::Calm, guard::Control, keep_alive, rewind::Rewind};
 use crate::{exec::LocalExec, idle};
 
 /// Connections that are told to end for want of requests get this long (Envoy's `drain_timeout`).
@@ -71,7 +67,7 @@ pub async fn serve<S, B>(
     client: Rewind,
     http2: bool,
     limits: HttpLimits,
-    mut stop: watch::Receiver<bool>,
+    stop: watch::Receiver<bool>,
     control: Arc<Control>,
     service: S,
     look: impl Fn() -> Option<u64>,
@@ -83,30 +79,38 @@ pub async fn serve<S, B>(
     B::Error: Into<Box<dyn Error + Send + Sync>>,
     LocalExec: Http2ServerConnExec<S::Future, B>,
 {
-    // How a connection ends is told by its requests.
     if http2 {
-        let mut calm = Calm::new(client, limits.header_time);
-        {
-            let mut builder = http2::Builder::new(LocalExec);
-            builder
-                .timer(TokioTimer::new())
-                .max_header_list_size(limits.header_bytes)
-                .max_concurrent_streams(limits.streams);
-            let mut serving = pin!(builder.serve_connection(TokioIo::new(&mut calm), service));
-            tokio::select! {
-                _ = serving.as_mut() => {}
-                idle = over(&mut stop, limits.connection_idle, &look) => {
-                    serving.as_mut().graceful_shutdown();
-                    last(serving, idle, &look).await;
-                }
-            }
-        }
-        calm.linger().await;
+        // In a box, so that connections of the other version have no room for it.
+        Box::pin(serve_http2(client, limits, stop, service, look)).await;
     } else {
-        let io = TokioIo::new(Guard::new(client, control, limits));
-        let serving = http1::Builder::new().serve_connection(io, service).with_upgrades();
-        let mut serving = pin!(serving);
+        keep_alive::serve(client, limits, stop, control, service, look).await;
+    }
+}
+
+async fn serve_http2<S, B>(
+    client: Rewind,
+    limits: HttpLimits,
+    mut stop: watch::Receiver<bool>,
+    service: S,
+    look: impl Fn() -> Option<u64>,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>>,
+    S::Future: 'static,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+    LocalExec: Http2ServerConnExec<S::Future, B>,
+{
+    let mut calm = Calm::new(client, limits.header_time);
+    {
+        let mut builder = http2::Builder::new(LocalExec);
+        builder
+            .timer(TokioTimer::new())
+            .max_header_list_size(limits.header_bytes)
+            .max_concurrent_streams(limits.streams);
+        let mut serving = pin!(builder.serve_connection(TokioIo::new(&mut calm), service));
         tokio::select! {
+            // How a connection ends is told by its requests.
             _ = serving.as_mut() => {}
             idle = over(&mut stop, limits.connection_idle, &look) => {
                 serving.as_mut().graceful_shutdown();
@@ -114,6 +118,7 @@ pub async fn serve<S, B>(
             }
         }
     }
+    calm.linger().await;
 }
 
 /// Waits until a connection is to end; whether that is for want of requests.
@@ -126,7 +131,11 @@ async fn over(stop: &mut watch::Receiver<bool>, idle: Duration, look: impl Fn() 
 }
 
 /// Waits for the last requests of a connection. Where it is to end for want of any, its client need not agree.
-async fn last<R>(mut serving: Pin<&mut impl Future<Output = R>>, idle: bool, look: impl Fn() -> Option<u64>) {
+pub(super) async fn last<R>(
+    mut serving: Pin<&mut impl Future<Output = R>>,
+    idle: bool,
+    look: impl Fn() -> Option<u64>,
+) {
     if idle {
         while let Err(_late) = tokio::time::timeout(DRAIN, serving.as_mut()).await {
             if look().is_some() {

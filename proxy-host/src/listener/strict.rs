@@ -208,6 +208,12 @@ impl Strict {
         matches!(self.state, State::Head(head) if head.scanned > 0)
     }
 
+    /// Whether nothing of the next request has been seen.
+    #[must_use]
+    pub fn is_between(&self) -> bool {
+        matches!(self.state, State::Head(head) if head.scanned == 0)
+    }
+
     /// Whether a request for an upgrade waits for its answer.
     #[must_use]
     pub fn is_held(&self) -> bool {
@@ -258,18 +264,37 @@ fn is_value(byte: u8) -> bool {
 }
 
 /// The characters of a name (RFC 9110, 5.6.2).
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+const TOKEN: [bool; 256] = with(b"!#$%&'*+-.^_`|~");
+
+/// A table of letters, digits and these.
+const fn with(others: &[u8]) -> [bool; 256] {
+    let mut table = [false; 256];
+    let mut byte: u8 = 0;
+    while byte < 128 {
+        table[byte as usize] = byte.is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let mut at = 0;
+    while at < others.len() {
+        table[others[at] as usize] = true;
+        at += 1;
+    }
+    table
+}
+
+/// Whether all bytes are such; looks at all of them, which many at once are faster for than one after the other.
+fn all(text: &[u8], is: impl Fn(u8) -> bool) -> bool {
+    text.iter().fold(true, |all, byte| all & is(*byte))
 }
 
 /// Name and value of a header line.
 fn header(text: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     let colon = memchr(b':', text).ok_or(CODEC)?;
     let (name, value) = (&text[..colon], &text[colon + 1..]);
-    if name.is_empty() || !name.iter().all(|b| is_token(*b)) {
+    if name.is_empty() || !all(name, |b| TOKEN[usize::from(b)]) {
         return Err(CHARACTERS);
     }
-    if !value.iter().all(|b| is_value(*b)) {
+    if !all(value, is_value) {
         return Err(CODEC);
     }
     Ok((name, value.trim_ascii()))
@@ -283,8 +308,10 @@ fn is_framing(name: &[u8]) -> bool {
 }
 
 /// The bytes an authority may have (RFC 3986, 3.2).
+const AUTHORITY_BYTES: [bool; 256] = with(b"-._~%!$&'()*+,;=:[]@");
+
 fn is_authority(text: &[u8]) -> bool {
-    text.iter().all(|b| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]@".contains(b))
+    all(text, |b| AUTHORITY_BYTES[usize::from(b)])
 }
 
 impl Head {
@@ -332,7 +359,7 @@ impl Head {
         }
         // The two spaces are the only ones.
         let target = text.get(first + 1..last).ok_or(CODEC)?;
-        if target.is_empty() || !target.iter().all(|b| matches!(b, b'!'..=b'~')) {
+        if target.is_empty() || !all(target, |b| matches!(b, b'!'..=b'~')) {
             return Err(CODEC);
         }
         let path = &target[..memchr(b'?', target).unwrap_or(target.len())];
