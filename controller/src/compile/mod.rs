@@ -7,6 +7,7 @@
 
 mod chains;
 mod delegates;
+mod gateway_commit;
 mod gateway_servers;
 mod gateway_tls;
 pub mod gateways;
@@ -41,10 +42,7 @@ use self::service::{Context, Member, Source, group_key, kube_host};
 use self::sidecar::Sidecars;
 use self::virtual_services::VirtualServices;
 use crate::api::destination_rule::DestinationRule;
-use crate::cluster::{
-    self,
-    endpoints::{Workloads, host_endpoints},
-};
+use crate::cluster::{self, endpoints::Workloads};
 use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope, Service};
 use crate::validate::predicates;
 
@@ -484,62 +482,6 @@ impl Compiler {
         let clusters = std::mem::take(&mut self.dirty_clusters);
         update.hosts = dirty.union(&clusters).cloned().collect();
         update
-    }
-
-    /// Brings up to date what a gateway has.
-    fn commit_gateway(&mut self, update: &mut Update) {
-        let dirty = std::mem::take(&mut self.dirty_hosts);
-        for key in &dirty {
-            if self.hosts.get(key).is_some_and(|s| s.members.is_empty() && s.aliases.is_empty()) {
-                self.hosts.remove(key);
-            }
-            let served = self.hosts.get(key).map(|state| self.served_here(&state.members)).unwrap_or_default();
-            self.gateways.stands_behind(key, served);
-        }
-        if self.gateways.dirty || std::mem::take(&mut self.virtual_services.dirty) {
-            let others = Registry { hosts: &self.hosts, aliases: &self.aliases, rules: &self.rules, cx: &self.cx };
-            let compiled = self.gateways.compile(&self.virtual_services, &self.cx, &others);
-            self.put_gateways(compiled, update);
-        }
-        update.pages = self.writer.commit();
-        update.hosts = dirty.union(&std::mem::take(&mut self.dirty_clusters)).cloned().collect();
-    }
-
-    /// Ports of services that this very workload is an endpoint of, and where it listens for them.
-    fn served_here(&self, members: &[Member]) -> Vec<(u16, u16)> {
-        let namespaces: BTreeSet<&Namespace> = members.iter().map(|m| &m.source.meta().namespace).collect();
-        let endpoints = namespaces.into_iter().flat_map(|of| host_endpoints(members, of, &self.workloads));
-        let own = endpoints.filter(|endpoint| self.cx.scope.ips.contains(&endpoint.address));
-        own.map(|endpoint| (endpoint.service_port, endpoint.port)).collect()
-    }
-
-    fn put_gateways(&mut self, compiled: gateways::Compiled, update: &mut Update) {
-        let before = std::mem::take(&mut self.gateways.written);
-        for key in before.keys().filter(|key| !compiled.rows.contains_key(key)) {
-            self.writer.remove(key);
-        }
-        for (key, row) in compiled.rows.iter().filter(|(key, row)| before.get(key) != Some(row)) {
-            self.put(key, Some(row), &mut update.conflicts);
-        }
-        self.gateways.written = compiled.rows;
-        let refused = compiled.refused.into_iter().map(|(subject, winner, loser)| Conflict {
-            subject,
-            rule: ConflictRule::Port,
-            winner: Some(winner),
-            losers: vec![loser],
-        });
-        update.conflicts.extend(refused);
-        let ports: BTreeSet<u16> = self.plans.keys().chain(compiled.plans.keys()).copied().collect();
-        for port in ports.into_iter().filter(|port| *port != 0) {
-            let plan = compiled.plans.get(&port);
-            if self.plans.get(&port) != plan {
-                update.plans.push(port);
-                match plan {
-                    Some(plan) => drop(self.plans.insert(port, plan.clone())),
-                    None => drop(self.plans.remove(&port)),
-                }
-            }
-        }
     }
 
     /// Brings up to date what a DNS proxy answers.

@@ -341,7 +341,7 @@ fn duration(time: Duration) -> protobuf::Duration {
 }
 
 /// The stream on which listeners come as well.
-fn aggregated() -> core::ConfigSource {
+pub(super) fn aggregated() -> core::ConfigSource {
     core::ConfigSource {
         resource_api_version: core::ApiVersion::V3.into(),
         config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::Ads(

@@ -4,7 +4,7 @@ pub mod bootstrap;
 mod chains;
 mod cluster;
 pub mod listeners;
-mod server_tls;
+pub mod server_tls;
 pub mod settings;
 
 use portolan_proto::envoy::envoy::config::core::v3::{Address, SocketAddress, address, socket_address};

@@ -1,16 +1,28 @@
-//! TLS of clients that ends in a gateway's listener.
+//! TLS of clients that ends in a gateway's listener. An Envoy reads files again only where they are secrets of a
+//! discovery service, so that is what they are: a secret's name says which files of the Envoy's own it is, as with istiod.
 
 use std::path::Path;
 
 use portolan_proto::envoy::envoy::config::core::v3 as core;
 use portolan_proto::envoy::envoy::extensions::transport_sockets::tls::v3::{
-    CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, TlsCertificate, TlsParameters,
-    certificate_validation_context::TrustChainVerification, common_tls_context::ValidationContextType,
+    CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, SdsSecretConfig, Secret, TlsCertificate,
+    TlsParameters,
+    certificate_validation_context::TrustChainVerification,
+    common_tls_context::{CombinedCertificateValidationContext, ValidationContextType},
+    secret,
 };
 use portolan_proto::envoy::envoy::r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern};
 use portolan_proto::v1::ServerTls;
 
+use super::chains::aggregated;
 use super::{any, switch};
+
+/// Type URL of a secret.
+pub const SECRET_TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+/// What a certificate's name begins with; its file, a tilde and the key's follow.
+const CERTIFICATE: &str = "file-cert:";
+/// What the name of authorities begins with; their file follows.
+const AUTHORITIES: &str = "file-root:";
 
 /// The transport socket. `credentials` is the folder of secrets.
 // Envoy's newer field takes one matcher for each type of name; the older one, which istiod writes, takes any type.
@@ -21,21 +33,14 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
             "" => (one.certificate.clone(), one.key.clone()),
             secret => (within(credentials, secret, "tls.crt"), within(credentials, secret, "tls.key")),
         };
-        TlsCertificate {
-            watched_directory: directory(&certificate),
-            certificate_chain: file(&certificate),
-            private_key: file(&key),
-            ..TlsCertificate::default()
-        }
+        named(format!("{CERTIFICATE}{certificate}~{key}"))
     });
     let ca = if tls.ca_of_secret { within(credentials, &tls.ca, "ca.crt") } else { tls.ca.clone() };
     let exact = |name: &String| StringMatcher {
         match_pattern: Some(MatchPattern::Exact(name.clone())),
         ..StringMatcher::default()
     };
-    let validation = (tls.any_client || !ca.is_empty()).then(|| CertificateValidationContext {
-        watched_directory: directory(&ca),
-        trusted_ca: file(&ca),
+    let validation = CertificateValidationContext {
         match_subject_alt_names: tls.client_names.iter().map(exact).collect(),
         crl: file(&tls.revocations),
         trust_chain_verification: if tls.any_client {
@@ -44,7 +49,15 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
             TrustChainVerification::VerifyTrustChain.into()
         },
         ..CertificateValidationContext::default()
-    });
+    };
+    let validation = match ca.as_str() {
+        "" => tls.any_client.then_some(ValidationContextType::ValidationContext(validation)),
+        ca => Some(ValidationContextType::CombinedValidationContext(CombinedCertificateValidationContext {
+            default_validation_context: Some(validation),
+            validation_context_sds_secret_config: Some(named(format!("{AUTHORITIES}{ca}"))),
+            ..CombinedCertificateValidationContext::default()
+        })),
+    };
     let parameters = TlsParameters {
         tls_minimum_protocol_version: i32::try_from(tls.min_version).unwrap_or_default(),
         tls_maximum_protocol_version: i32::try_from(tls.max_version).unwrap_or_default(),
@@ -54,9 +67,9 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
     let context = DownstreamTlsContext {
         common_tls_context: Some(CommonTlsContext {
             tls_params: (parameters != TlsParameters::default()).then_some(parameters),
-            tls_certificates: certificates.collect(),
+            tls_certificate_sds_secret_configs: certificates.collect(),
             alpn_protocols: tls.protocols.clone(),
-            validation_context_type: validation.map(ValidationContextType::ValidationContext),
+            validation_context_type: validation,
             ..CommonTlsContext::default()
         }),
         require_client_certificate: switch(tls.client_required),
@@ -68,8 +81,31 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
     }
 }
 
-/// A file of a secret. Without a folder, or for a name that leads out of it, one that does not exist: Envoy refuses the
-/// listener, and says which file is missing.
+fn named(name: String) -> SdsSecretConfig {
+    SdsSecretConfig { name, sds_config: Some(aggregated()) }
+}
+
+/// The secret of a name; `None` where it is none of ours.
+pub fn secret(name: &str) -> Option<Secret> {
+    let of = |kind| Secret { name: name.to_owned(), r#type: Some(kind) };
+    if let Some((certificate, key)) = name.strip_prefix(CERTIFICATE).and_then(|files| files.split_once('~')) {
+        return Some(of(secret::Type::TlsCertificate(TlsCertificate {
+            watched_directory: directory(certificate),
+            certificate_chain: file(certificate),
+            private_key: file(key),
+            ..TlsCertificate::default()
+        })));
+    }
+    let ca = name.strip_prefix(AUTHORITIES)?;
+    Some(of(secret::Type::ValidationContext(CertificateValidationContext {
+        watched_directory: directory(ca),
+        trusted_ca: file(ca),
+        ..CertificateValidationContext::default()
+    })))
+}
+
+/// A file of a secret. Without a folder, or for a name that leads out of it, one that does not exist: Envoy says which
+/// file is missing, and refuses clients.
 fn within(credentials: Option<&str>, secret: &str, file: &str) -> String {
     let plain = secret.strip_prefix("kubernetes://").unwrap_or(secret);
     let stays = !plain.split('/').any(|part| part.is_empty() || part == "." || part == "..");
@@ -88,4 +124,27 @@ fn file(path: &str) -> Option<core::DataSource> {
 fn directory(path: &str) -> Option<core::WatchedDirectory> {
     let parent = Path::new(path).parent()?.to_str()?;
     (!parent.is_empty()).then(|| core::WatchedDirectory { path: parent.to_owned(), ..Default::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_the_files_that_its_name_says() {
+        let Some(secret::Type::TlsCertificate(one)) = secret("file-cert:/c/tls.crt~/c/tls.key").unwrap().r#type else {
+            panic!("no certificate")
+        };
+        assert_eq!((one.certificate_chain, one.private_key), (file("/c/tls.crt"), file("/c/tls.key")));
+        assert_eq!(one.watched_directory.unwrap().path, "/c");
+        assert!(matches!(secret("file-root:/c/ca.crt").unwrap().r#type, Some(secret::Type::ValidationContext(_))));
+        assert_eq!(secret("default"), None);
+    }
+
+    #[test]
+    fn a_name_does_not_lead_out_of_the_folder() {
+        assert_eq!(within(Some("/c"), "kubernetes://own", "tls.crt"), "/c/own/tls.crt");
+        assert_eq!(within(Some("/c"), "../own", "tls.crt"), "/--credentials-not-given/-/tls.crt");
+        assert_eq!(within(None, "own", "tls.crt"), "/--credentials-not-given/own/tls.crt");
+    }
 }

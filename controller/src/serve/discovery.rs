@@ -28,6 +28,7 @@ use super::sessions::{Listed, Session};
 use super::{Counters, Open};
 use crate::cluster;
 use crate::envoy::listeners::Renderer;
+use crate::envoy::server_tls;
 use crate::envoy::settings::Settings;
 use crate::model::{Role, Scope};
 use crate::publish::{Names, Published, Publisher};
@@ -295,6 +296,7 @@ impl Stream {
                 }
                 self.send_clusters(names, None, Why::Asked).await
             }
+            server_tls::SECRET_TYPE_URL => self.send_secrets(wanted).await,
             // Nothing of other types is ever there; the client is told so, lest it wait.
             _ => self.respond(&url, Vec::new(), wanted).await,
         }
@@ -403,6 +405,21 @@ impl Stream {
             .map(|(name, held)| resource(name, held.version.clone(), LISTENER_TYPE_URL, held.bytes.clone()))
             .collect();
         self.send(LISTENER_TYPE_URL, resources, changes).await
+    }
+
+    /// Sends secrets, which are files of the Envoy's own that their names say: they never change here.
+    async fn send_secrets(&mut self, wanted: Vec<String>) -> Result<(), Status> {
+        let (mut resources, mut removed) = (Vec::new(), Vec::new());
+        for name in wanted {
+            match server_tls::secret(&name) {
+                Some(secret) => {
+                    let bytes = secret.encode_to_vec();
+                    resources.push(resource(&name, "1".to_owned(), server_tls::SECRET_TYPE_URL, bytes));
+                }
+                None => removed.push(name),
+            }
+        }
+        self.respond(server_tls::SECRET_TYPE_URL, resources, removed).await
     }
 
     async fn send(&mut self, url: &str, resources: Vec<Resource>, changes: Changes) -> Result<(), Status> {

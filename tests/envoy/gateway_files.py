@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""gateway_files.py PROXY...: a gateway's certificate is replaced while it serves, and counts from then on.
+
+PROXY is `envoy` or `proxy-host`. The Gateway names a secret, which is a folder. Runs in a network namespace of its own;
+needs root.
+"""
+import os, pathlib, signal, ssl, subprocess, sys, tempfile, time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
+PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
+WASM = os.environ.get("FILTER_WASM", ROOT / "target/filter/wasm32-wasip1/wasm/portolan_filter.wasm")
+ENVOY = os.environ.get("ENVOY", ROOT / ".venv/bin/envoy")
+PATIENCE = 30
+GATEWAY = """
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: g}
+spec:
+  servers:
+  - {port: {number: 8443, name: p, protocol: HTTPS}, hosts: ["*"], tls: {mode: SIMPLE, credentialName: own}}
+"""
+
+
+def certificate(folder):
+    """A new one, put in place as a mounted Secret is: a link changes. Gives its text."""
+    new = tempfile.mkdtemp(dir=folder)
+    os.chmod(new, 0o755)
+    subprocess.run(f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=own "
+                   f"-keyout {new}/tls.key -out {new}/tls.crt 2>/dev/null", shell=True, check=True)
+    os.makedirs(f"{folder}/own", exist_ok=True)
+    for name in ("tls.key", "tls.crt"):
+        os.symlink(f"{new}/{name}", f"{new}/link")
+        os.rename(f"{new}/link", f"{folder}/own/{name}")
+    return open(f"{new}/tls.crt").read()
+
+
+def served(wanted):
+    end, found = time.monotonic() + PATIENCE, None
+    while time.monotonic() < end:
+        try:
+            found = ssl.get_server_certificate(("127.0.0.1", 8443), timeout=2)
+        except OSError as error:
+            found = error
+        if isinstance(found, str) and found.split() == wanted.split():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"another certificate: {found}")
+
+
+def run(kind):
+    with tempfile.TemporaryDirectory() as folder:
+        os.makedirs(f"{folder}/config"), os.makedirs(f"{folder}/secrets")
+        open(f"{folder}/config/gateway.yaml", "w").write(GATEWAY)
+        first = certificate(f"{folder}/secrets")
+        who = ["--role", "gateway", "--credentials", f"{folder}/secrets"]
+        log = open(f"{folder}/log", "ab")
+        commands = [[PROXY_HOST, "--config", f"{folder}/config", *who]]
+        if kind == "envoy":
+            made = subprocess.run([PORTOLAN, "bootstrap", "envoy", "--plaintext", "--filter", WASM, *who], check=True, capture_output=True)
+            open(f"{folder}/envoy.yaml", "wb").write(made.stdout)
+            commands = [[PORTOLAN, "serve", "--config", f"{folder}/config"],
+                        [ENVOY, "-c", f"{folder}/envoy.yaml", "--concurrency", "1", "--use-dynamic-base-id", "-l", "warn"]]
+        processes = [subprocess.Popen([str(word) for word in command], stdout=log, stderr=log) for command in commands]
+        try:
+            served(first)
+            served(certificate(f"{folder}/secrets"))
+            print(f"certificates of a gateway, {kind}: ok")
+        except AssertionError:
+            print(open(f"{folder}/log").read()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+
+if __name__ == "__main__":
+    if os.environ.get("INSIDE") != "1":
+        inside = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, __file__, *sys.argv[1:]]
+        sys.exit(subprocess.run(inside, env={**os.environ, "INSIDE": "1"}).returncode)
+    for kind in sys.argv[1:]:
+        run(kind)
