@@ -1,5 +1,7 @@
 //! The controller within another process: the same services as over TCP, through pipes in memory.
 
+mod kubernetes_source;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +18,7 @@ use crate::compile::{Conflict, gateways, rules, sidecar, virtual_services};
 use crate::model::{Change, MeshConfig, Object};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
+use crate::source::kubernetes::Cluster;
 use crate::source::ledger::{Difference, Ledger, Status};
 use crate::source::read::kind_name;
 use crate::source::yaml::{Batch, ReadError, YamlSource};
@@ -58,6 +61,8 @@ pub struct Controller {
     pipes: mpsc::UnboundedSender<std::io::Result<DuplexStream>>,
     /// The task that follows the source.
     source: Option<Arc<Follower>>,
+    /// The cluster that is watched, where there is one.
+    cluster: Option<Cluster>,
     status: Arc<Status>,
     reload: Arc<Notify>,
     proxy_http_port: Option<u16>,
@@ -116,7 +121,7 @@ impl Controller {
             }
         });
         let (status, reload) = Default::default();
-        Ok(Controller { publisher, counters, pipes, source: None, status, reload, proxy_http_port })
+        Ok(Controller { publisher, counters, pipes, source: None, cluster: None, status, reload, proxy_http_port })
     }
 
     /// Takes in one batch of changes; returns when it is published, with the conflicts that it met.
@@ -155,6 +160,11 @@ impl Controller {
     /// The state of the files, for metrics.
     pub fn status(&self) -> &Arc<Status> {
         &self.status
+    }
+
+    /// The cluster that is watched, of a controller of a cluster.
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_ref()
     }
 
     /// What was served.
@@ -237,7 +247,8 @@ async fn follow(
 
 fn log(difference: &Difference) {
     for f in &difference.new {
-        let place = format!("{}:{}", f.file, f.line);
+        // A place without lines has line 0.
+        let place = if f.line == 0 { f.file.to_string() } else { format!("{}:{}", f.file, f.line) };
         let (object, field) = (format!("{} {}/{}", f.kind, f.namespace, f.name), &f.field);
         match f.severity {
             Severity::Error => {

@@ -13,4 +13,5 @@ pub mod model;
 pub mod publish;
 pub mod serve;
 pub mod source;
+pub mod status;
 pub mod validate;

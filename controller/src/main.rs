@@ -11,7 +11,8 @@ use std::process::ExitCode;
     version,
     about = "Decides where outbound traffic goes, from Istio's own resources",
     after_help = "Each command explains itself: `portolan serve --help` tells how to serve a fleet, `portolan bootstrap envoy \
-                  --help` how to start an Envoy for it, `portolan validate --help` what is checked before."
+                  --help` how to start an Envoy for it, `portolan validate --help` what is checked before, `portolan crds \
+                  --help` what a cluster without Istio needs."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -24,6 +25,7 @@ enum Command {
     Serve(commands::serve::Serve),
     Bootstrap(commands::bootstrap::Bootstrap),
     Validate(commands::validate::Validate),
+    Crds(commands::crds::Crds),
 }
 
 fn main() -> ExitCode {
@@ -31,5 +33,6 @@ fn main() -> ExitCode {
         Command::Serve(command) => command.run(),
         Command::Bootstrap(command) => command.run(),
         Command::Validate(command) => command.run(),
+        Command::Crds(command) => command.run(),
     }
 }

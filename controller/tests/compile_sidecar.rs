@@ -38,6 +38,19 @@ fn only_what_is_imported_is_seen() {
 }
 
 #[test]
+fn a_sidecar_for_istiod_alone_does_not_count() {
+    let w = world(entries().into_iter().chain([match sidecar("default", "egress: [{hosts: [other/b.com]}]") {
+        Object::Sidecar(object) => {
+            let mut object = (*object).clone();
+            object.meta.annotations.insert("portolan.io/for".into(), "istiod".into());
+            Object::Sidecar(object.into())
+        }
+        other => other,
+    }]));
+    assert_eq!(w.http(&at(80), "a.com"), "outbound|80||a.com");
+}
+
+#[test]
 fn one_name_under_a_wildcard_does_not_import_the_wildcard() {
     let w = with(&[("default", "egress: [{hosts: [other/x.w.com]}]")]);
     assert_eq!(w.plan(80), "none");

@@ -8,6 +8,10 @@ use crate::model::{Checked, OutboundMode, Protocol, Role, Scope};
 use crate::validate::predicates;
 use crate::validate::service_entry::protocol;
 
+/// Annotation, with the value `istiod`, of a Sidecar that is there for istiod alone: it keeps istiod from pushing the whole
+/// registry to proxies that Portolan serves, and says nothing about what they may see.
+const FOR: &str = "portolan.io/for";
+
 /// The Sidecars that may count for a subscriber.
 #[derive(Debug, Default)]
 pub(crate) struct Sidecars {
@@ -21,7 +25,8 @@ impl Sidecars {
         let own = meta.namespace.as_str() == scope.namespace.as_str();
         let bare = object.spec.workload_selector.is_none();
         // The root namespace's hold for others only where they select nothing.
-        let counts = scope.role == Role::Sidecar && (own || bare && meta.namespace.as_str() == root);
+        let ours = meta.annotations.get(FOR).is_none_or(|whom| whom != "istiod");
+        let counts = ours && scope.role == Role::Sidecar && (own || bare && meta.namespace.as_str() == root);
         counts.then(|| (!own, bare, meta.created, meta.name.to_string()))
     }
 

@@ -204,7 +204,8 @@ pub fn parse(text: &str, first_line: u32) -> Result<Parsed, SyntaxError> {
     Ok(Parsed { root, duplicates: builder.duplicates })
 }
 
-fn from_json(value: serde_json::Value, line: u32) -> Node {
+/// A value that has no lines of its own: all of it is on `line`.
+pub fn from_json(value: serde_json::Value, line: u32) -> Node {
     let value = match value {
         serde_json::Value::Null => Value::Null,
         serde_json::Value::Bool(b) => Value::Bool(b),

@@ -94,6 +94,10 @@ async fn metrics(State(admin): State<Admin>) -> Response {
             registry.register(name, help(name), ConstCounter::new(value));
         }
     }
+    if let Some(cluster) = admin.controller.cluster() {
+        cluster.status.register(&mut registry);
+        admin.controller.counters().webhook.register(&mut registry);
+    }
     if let Ok(overview) = admin.controller.publisher().overview().await {
         let gauge = |n: usize| ConstGauge::new(i64::try_from(n).unwrap_or(i64::MAX));
         registry.register("objects", "Resources that are held", gauge(overview.objects.values().sum()));

@@ -7,6 +7,7 @@ pub mod peer;
 mod registry;
 pub mod sessions;
 pub mod tcp;
+pub mod webhook;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub struct Counters {
     pub denied: AtomicU64,
     /// The streams that are open.
     pub sessions: Sessions,
+    /// The admission webhook's.
+    pub webhook: webhook::Counters,
 }
 
 impl Counters {

@@ -29,7 +29,7 @@ use crate::embed::Controller;
 use crate::source::watch::Watcher;
 
 /// How long a client may take for the handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often a silent client is asked whether it is still there, and how long it may take to say so.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 /// How long streams get to end after the signal.
@@ -125,7 +125,7 @@ impl TlsFiles {
     }
 
     /// Loads the files again whenever one changes; what cannot be used leaves the last good ones in force.
-    async fn follow(self, config: watch::Sender<Arc<ServerConfig>>) {
+    pub(super) async fn follow(self, config: watch::Sender<Arc<ServerConfig>>) {
         let directories: BTreeSet<PathBuf> = self.paths().filter_map(|p| p.parent()).map(directory).collect();
         let watcher = Watcher::new().and_then(|mut watcher| watcher.watch(directories).map(|()| watcher));
         let mut watcher = match watcher {
@@ -213,7 +213,7 @@ pub enum ServeError {
 
 type Connections = mpsc::Sender<io::Result<Connection>>;
 
-async fn accepted(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+pub(super) async fn accepted(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok((stream, address)) => {

@@ -1,5 +1,6 @@
 //! Where resources come from.
 
+pub mod kubernetes;
 pub mod ledger;
 pub mod read;
 pub(crate) mod watch;

@@ -42,6 +42,13 @@ pub fn document(document: &Document<'_>, file: &Arc<str>) -> (Vec<Outcome>, Vec<
     (reader.outcomes, reader.findings)
 }
 
+/// A resource that was read already, of a place without lines. As [`document`] otherwise.
+pub fn resource(root: &Node, place: &Arc<str>) -> (Vec<Outcome>, Vec<Finding>) {
+    let mut reader = Reader { file: place, outcomes: Vec::new(), findings: Vec::new() };
+    reader.resource(root);
+    (reader.outcomes, reader.findings)
+}
+
 /// Reads the text of a MeshConfig file.
 ///
 /// # Errors

@@ -142,8 +142,8 @@ struct File {
 /// All resources at one moment. To compare them with each other takes a while, and changes need not wait for that.
 #[derive(Debug)]
 pub struct Review {
-    findings: Vec<Finding>,
-    placed: Vec<Placed>,
+    pub(super) findings: Vec<Finding>,
+    pub(super) placed: Vec<Placed>,
 }
 
 impl Review {

@@ -7,7 +7,7 @@ mod policies;
 mod ports;
 mod routes;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use self::audience::Audience;
@@ -37,7 +37,7 @@ pub struct Placed {
     pub object: Object,
     /// File.
     pub file: Arc<str>,
-    /// Line.
+    /// Line; 0 where the place has none.
     pub line: u32,
 }
 
@@ -121,7 +121,69 @@ pub fn between(objects: &[Placed]) -> Vec<Finding> {
     findings
 }
 
+/// What one resource would change about that: findings that are not there without it, or in its earlier version. Those on
+/// other resources come last.
+pub fn about(object: &Placed, others: &[Placed]) -> Vec<Finding> {
+    let key = object.object.key();
+    let near = near(&object.object, others);
+    let before: HashSet<(String, String, String)> = between(&near).iter().map(told).collect();
+    let mut now: Vec<Placed> = near.into_iter().filter(|placed| placed.object.key() != key).collect();
+    now.push(object.clone());
+    let mut findings = between(&now);
+    let kind = kind_name(key.kind);
+    let own = |f: &Finding| f.kind == kind && f.namespace == key.namespace.as_str() && f.name == key.name.as_str();
+    findings.retain(|finding| own(finding) || !before.contains(&told(finding)));
+    findings.sort_by_key(|finding| !own(finding));
+    findings
+}
+
+fn told(finding: &Finding) -> (String, String, String) {
+    (format!("{} {}/{}", finding.kind, finding.namespace, finding.name), finding.field.clone(), finding.message.clone())
+}
+
+/// Those of `others` that a finding about the object could depend on: to compare all with all takes a while.
+fn near(object: &Object, others: &[Placed]) -> Vec<Placed> {
+    let whole_ports = |entry: &ServiceEntry| {
+        let whole = entry.ports.iter().filter(|port| ports::takes_whole_port(entry, port.protocol));
+        whole.map(|port| port.number).collect::<HashSet<_>>()
+    };
+    let names = |hosts: &[String]| hosts.iter().map(|host| host.to_ascii_lowercase()).collect::<HashSet<_>>();
+    let close: Box<dyn Fn(&Object) -> bool> = match object {
+        Object::ServiceEntry(this) => {
+            let (hosts, ports) = (names(&this.hosts), whole_ports(this));
+            let addresses: HashSet<&String> = this.addresses.iter().collect();
+            Box::new(move |other| {
+                let Object::ServiceEntry(other) = other else { return false };
+                other.hosts.iter().any(|host| hosts.contains(&host.to_ascii_lowercase()))
+                    || other.addresses.iter().any(|address| addresses.contains(address))
+                    || !ports.is_disjoint(&whole_ports(other))
+            })
+        }
+        Object::VirtualService(this) => {
+            let hosts = names(&this.spec.hosts);
+            Box::new(move |other| match other {
+                Object::VirtualService(other) => {
+                    // A delegate has no hosts.
+                    other.spec.hosts.is_empty()
+                        || other.spec.hosts.iter().any(|host| hosts.contains(&host.to_ascii_lowercase()))
+                }
+                Object::ServiceEntry(_) | Object::Service(_) | Object::DestinationRule(_) | Object::Gateway(_) => true,
+                _ => false,
+            })
+        }
+        Object::DestinationRule(_) | Object::Gateway(_) | Object::Sidecar(_) => {
+            Box::new(|other| matches!(other, Object::DestinationRule(_) | Object::Gateway(_) | Object::Sidecar(_)))
+        }
+        _ => return Vec::new(),
+    };
+    others.iter().filter(|placed| close(&placed.object)).cloned().collect()
+}
+
 fn place(placed: &Placed) -> String {
     let meta = placed.object.meta();
+    // Line 0: the place has no lines, and the name says everything.
+    if placed.line == 0 {
+        return format!("{}/{}", meta.namespace, meta.name);
+    }
     format!("{}/{} ({}:{})", meta.namespace, meta.name, placed.file, placed.line)
 }

@@ -30,6 +30,10 @@ pub const GATEWAY_CRD: &str = include_str!("../../schema/gateways.yaml");
 /// Our CRD of Sidecar.
 pub const SIDECAR_CRD: &str = include_str!("../../schema/sidecars.yaml");
 
+/// All of them.
+pub const CRDS: [&str; 6] =
+    [SERVICE_ENTRY_CRD, WORKLOAD_ENTRY_CRD, VIRTUAL_SERVICE_CRD, DESTINATION_RULE_CRD, GATEWAY_CRD, SIDECAR_CRD];
+
 static SERVICE_ENTRY: LazyLock<Crd> = LazyLock::new(|| Crd::read(SERVICE_ENTRY_CRD));
 static WORKLOAD_ENTRY: LazyLock<Crd> = LazyLock::new(|| Crd::read(WORKLOAD_ENTRY_CRD));
 static VIRTUAL_SERVICE: LazyLock<Crd> = LazyLock::new(|| Crd::read(VIRTUAL_SERVICE_CRD));

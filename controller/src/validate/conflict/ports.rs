@@ -87,7 +87,7 @@ pub(super) fn between<'o>(entries: &'o [Entry<'o>], findings: &mut Vec<Finding>)
 }
 
 /// A TCP port without addresses listens on the wildcard address, and takes every connection that nothing else claims.
-fn takes_whole_port(entry: &ServiceEntry, protocol: Protocol) -> bool {
+pub(super) fn takes_whole_port(entry: &ServiceEntry, protocol: Protocol) -> bool {
     use Protocol::{Mongo, Mysql, Redis, Tcp};
     entry.addresses.is_empty() && entry.status_addresses.is_empty() && matches!(protocol, Tcp | Mongo | Redis | Mysql)
 }

@@ -1,0 +1,308 @@
+//! The resources of a cluster that are in force, and what a change of the cluster changes about them.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use serde_json::Value;
+
+use super::kinds::Watched;
+use crate::config::tree;
+use crate::model::{Change, Kind, Object, ObjectKey};
+use crate::source::read::{self, Outcome};
+use crate::source::yaml::Review;
+use crate::validate::conflict::Placed;
+use crate::validate::finding::Finding;
+
+/// What findings have for a file.
+pub const PLACE: &str = "kubernetes";
+
+/// A resource of the cluster that was read.
+#[derive(Debug)]
+pub struct Read {
+    key: ObjectKey,
+    /// `None`: it was refused.
+    object: Option<Object>,
+    findings: Vec<Finding>,
+    /// For those whose status may be written.
+    known: Option<Known>,
+}
+
+/// What has to be known of a resource to write its status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// Version of the API under which it was read.
+    pub version: &'static str,
+    /// `metadata.resourceVersion`
+    pub resource_version: String,
+    /// `status.conditions` as they are.
+    pub conditions: Vec<Value>,
+}
+
+impl Known {
+    fn of(version: &'static str, value: &Value) -> Self {
+        let conditions = value.pointer("/status/conditions").and_then(Value::as_array);
+        Known {
+            version,
+            resource_version: value
+                .pointer("/metadata/resourceVersion")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .into(),
+            conditions: conditions.cloned().unwrap_or_default(),
+        }
+    }
+}
+
+/// Reads a resource as a file would be; `None` if its name is none.
+pub fn read(watched: &Watched, version: &'static str, mut value: Value) -> Option<Read> {
+    if let Some(fields) = value.as_object_mut() {
+        // The items of a list do not say what they are.
+        fields.insert("apiVersion".into(), watched.api_version(version).into());
+        fields.insert("kind".into(), watched.name.into());
+    }
+    let key = key(watched.kind, &value)?;
+    if matches!(watched.kind, Kind::Pod | Kind::EndpointSlice)
+        && let Some(meta) = value.get_mut("metadata").and_then(Value::as_object_mut)
+    {
+        // Nothing is decided by them, they are long, and controllers change them all the time.
+        meta.remove("annotations");
+    }
+    let known = watched.is_istio().then(|| Known::of(version, &value));
+    let (outcomes, findings) = read::resource(&tree::from_json(value, 0), &Arc::from(PLACE));
+    let object = outcomes.into_iter().find_map(|outcome| match outcome {
+        Outcome::Object(object, _) if object.key() == key => Some(object),
+        _ => None,
+    });
+    Some(Read { key, object, findings, known })
+}
+
+/// What a resource is known by.
+pub fn key(kind: Kind, value: &Value) -> Option<ObjectKey> {
+    let text = |name: &str| value.get("metadata")?.get(name)?.as_str();
+    let name = text("name").filter(|name| !name.is_empty())?;
+    Some(ObjectKey { kind, namespace: text("namespace")?.parse().ok()?, name: name.parse().ok()? })
+}
+
+/// What happened in the cluster.
+#[derive(Debug)]
+pub enum Event {
+    /// This is all there is of a kind.
+    Listed(Kind, Vec<Read>),
+    /// A resource is new or has changed.
+    Applied(Read),
+    /// A resource is gone.
+    Gone(ObjectKey),
+    /// The kind cannot be had: what is there goes on without it.
+    Unavailable(Kind),
+}
+
+/// The resources in force.
+#[derive(Debug, Default)]
+pub struct Store {
+    objects: HashMap<ObjectKey, Object>,
+    /// What there is to say of resources, where there is anything.
+    findings: HashMap<ObjectKey, Vec<Finding>>,
+    /// What has to be known to write the status of Istio's kinds, those that were refused included.
+    known: HashMap<ObjectKey, Known>,
+    /// [`Store::all`] was called.
+    told: bool,
+    /// What there is to say of resources is not what it was.
+    news: bool,
+}
+
+/// Resources as they were before a batch of events.
+pub type Before = BTreeMap<ObjectKey, Option<Object>>;
+
+impl Store {
+    /// Takes an event in, and notes in `before` what was there.
+    pub fn take(&mut self, event: Event, before: &mut Before) {
+        match event {
+            Event::Listed(kind, all) => {
+                let listed: HashSet<&ObjectKey> = all.iter().map(|read| &read.key).collect();
+                let held = self.objects.keys().chain(self.findings.keys()).chain(self.known.keys());
+                let gone: HashSet<ObjectKey> =
+                    held.filter(|key| key.kind == kind && !listed.contains(key)).cloned().collect();
+                gone.into_iter().for_each(|key| self.remove(key, before));
+                all.into_iter().for_each(|read| self.apply(read, before));
+            }
+            Event::Applied(read) => self.apply(read, before),
+            Event::Gone(key) => self.remove(key, before),
+            Event::Unavailable(_) => {}
+        }
+    }
+
+    /// A refused resource leaves its last good version in force.
+    fn apply(&mut self, read: Read, before: &mut Before) {
+        if let Some(known) = read.known {
+            self.known.insert(read.key.clone(), known);
+        }
+        let said = self.findings.remove(&read.key).unwrap_or_default();
+        self.news |= said != read.findings;
+        if !read.findings.is_empty() {
+            self.findings.insert(read.key.clone(), read.findings);
+        }
+        let Some(object) = read.object else { return };
+        let held = self.objects.insert(read.key.clone(), object);
+        before.entry(read.key).or_insert(held);
+    }
+
+    fn remove(&mut self, key: ObjectKey, before: &mut Before) {
+        self.known.remove(&key);
+        self.news |= self.findings.remove(&key).is_some();
+        let held = self.objects.remove(&key);
+        before.entry(key).or_insert(held);
+    }
+
+    /// What is different from before.
+    pub fn changes(&self, before: Before) -> Vec<Change> {
+        let change = |(key, before): (ObjectKey, Option<Object>)| match (before, self.objects.get(&key)) {
+            (Some(before), Some(now)) if before == *now => None,
+            (_, Some(now)) => Some(Change::Apply(now.clone())),
+            (Some(_), None) => Some(Change::Delete(key)),
+            (None, None) => None,
+        };
+        before.into_iter().filter_map(change).collect()
+    }
+
+    /// Whether [`Store::all`] was called.
+    pub fn first_told(&self) -> bool {
+        self.told
+    }
+
+    /// Whether what there is to say of resources has changed since this was last asked.
+    pub fn news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
+    /// Everything, as changes of nothing.
+    pub fn all(&mut self) -> Vec<Change> {
+        self.told = true;
+        self.objects.values().cloned().map(Change::Apply).collect()
+    }
+
+    /// Resources in force.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// Resources in force of each kind.
+    pub fn by_kind(&self) -> BTreeMap<Kind, usize> {
+        let mut counts = BTreeMap::new();
+        for key in self.objects.keys() {
+            *counts.entry(key.kind).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Resources whose status may be written.
+    pub fn known(&self) -> impl Iterator<Item = (&ObjectKey, &Known)> {
+        self.known.iter()
+    }
+
+    /// The resources that can be in each other's way.
+    pub fn placed(&self) -> Vec<Placed> {
+        let file = Arc::from(PLACE);
+        let place = |object: &Object| Placed { object: object.clone(), file: Arc::clone(&file), line: 0 };
+        // Conflicts are between Istio's kinds; Services say which names there are.
+        let counts = |object: &&Object| !matches!(object, Object::Pod(_) | Object::EndpointSlice(_));
+        self.objects.values().filter(counts).map(place).collect()
+    }
+
+    /// Everything at this moment, to be compared with each other.
+    pub fn review(&self) -> Review {
+        Review { findings: self.findings.values().flatten().cloned().collect(), placed: self.placed() }
+    }
+}
+
+/// A store that others may look into; only its source changes it.
+#[derive(Debug, Clone, Default)]
+pub struct Shared(Arc<RwLock<Store>>);
+
+impl Shared {
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Store> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To look into it; changes wait meanwhile.
+    pub fn read(&self) -> RwLockReadGuard<'_, Store> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Store::placed`].
+    pub fn placed(&self) -> Vec<Placed> {
+        self.read().placed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::source::kubernetes::kinds::WATCHED;
+
+    fn entry(name: &str, host: &str) -> Read {
+        let spec = json!({ "hosts": [host], "ports": [{ "number": 80, "name": "http", "protocol": "HTTP" }],
+                           "resolution": "DNS" });
+        read(&WATCHED[0], "v1", json!({ "metadata": { "name": name, "namespace": "n" }, "spec": spec })).unwrap()
+    }
+
+    fn step(store: &mut Store, events: Vec<Event>) -> Vec<String> {
+        let mut before = Before::new();
+        events.into_iter().for_each(|event| store.take(event, &mut before));
+        let say = |change: Change| match change {
+            Change::Apply(object) => format!("+{}", object.key().name),
+            Change::Delete(key) => format!("-{}", key.name),
+        };
+        store.changes(before).into_iter().map(say).collect()
+    }
+
+    #[test]
+    fn a_list_changes_only_what_is_different() {
+        let mut store = Store::default();
+        let all = vec![entry("a", "a.io"), entry("b", "b.io")];
+        assert_eq!(step(&mut store, vec![Event::Listed(Kind::ServiceEntry, all)]), ["+a", "+b"]);
+        let again = vec![entry("b", "b2.io"), entry("c", "c.io"), entry("a", "a.io")];
+        assert_eq!(step(&mut store, vec![Event::Listed(Kind::ServiceEntry, again)]), ["+b", "+c"]);
+        assert_eq!(step(&mut store, vec![Event::Listed(Kind::Pod, Vec::new())]), [""; 0]);
+        assert_eq!(step(&mut store, vec![Event::Listed(Kind::ServiceEntry, vec![entry("a", "a.io")])]), ["-b", "-c"]);
+    }
+
+    #[test]
+    fn what_comes_and_goes_within_a_batch_is_no_change() {
+        let mut store = Store::default();
+        let gone = Event::Gone(entry("a", "a.io").key);
+        assert_eq!(step(&mut store, vec![Event::Applied(entry("a", "a.io")), gone]), [""; 0]);
+        let events = vec![Event::Applied(entry("a", "x.io")), Event::Applied(entry("a", "a.io"))];
+        assert_eq!(step(&mut store, events), ["+a"]);
+        assert_eq!(step(&mut store, vec![Event::Applied(entry("a", "a.io"))]), [""; 0]);
+    }
+
+    #[test]
+    fn a_refused_version_leaves_the_last_good_one() {
+        let mut store = Store::default();
+        step(&mut store, vec![Event::Applied(entry("a", "a.io")), Event::Applied(entry("b", "b.io"))]);
+        let refused = entry("a", "not a host");
+        assert!(refused.object.is_none() && !refused.findings.is_empty());
+        assert_eq!(step(&mut store, vec![Event::Applied(refused)]), [""; 0]);
+        assert_eq!(store.len(), 2);
+        // A list that no longer holds it removes both it and what was said of it.
+        let all = vec![entry("b", "b.io")];
+        assert_eq!(step(&mut store, vec![Event::Listed(Kind::ServiceEntry, all)]), ["-a"]);
+        assert!(store.review().findings().is_empty());
+    }
+
+    #[test]
+    fn odd_resources_are_no_resources() {
+        for odd in [json!(7), json!({}), json!({ "metadata": { "name": "a" } }), json!({ "metadata": [] })] {
+            assert!(read(&WATCHED[0], "v1", odd).is_none());
+        }
+        let odd = read(&WATCHED[0], "v1", json!({ "metadata": { "name": "a", "namespace": "n" }, "spec": "?" }));
+        assert!(odd.unwrap().object.is_none());
+    }
+}

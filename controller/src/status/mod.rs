@@ -1,0 +1,7 @@
+//! What a controller tells those who wrote the resources: conditions in `status`, written by one of several controllers.
+
+pub mod conditions;
+pub mod lease;
+mod writer;
+
+pub use writer::write;

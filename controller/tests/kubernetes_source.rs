@@ -1,0 +1,210 @@
+//! A controller of a cluster, of which the API server is played in this process.
+
+#[path = "kubernetes/fake_api.rs"]
+mod fake_api;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fake_api::FakeApi;
+use portolan_controller::embed::Controller;
+use portolan_controller::model::{Kind, Scope};
+use portolan_controller::publish::Published;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+const LONG: Duration = Duration::from_secs(20);
+
+fn entry(host: &str) -> Value {
+    json!({ "metadata": { "creationTimestamp": "2026-01-01T00:00:00Z" },
+            "spec": { "hosts": [host], "resolution": "DNS",
+                      "ports": [{ "number": 80, "name": "http", "protocol": "HTTP" }] } })
+}
+
+fn put(api: &FakeApi, name: &str, host: &str) {
+    api.put("serviceentries", "default", name, entry(host));
+}
+
+async fn started(api: &FakeApi) -> Controller {
+    let (controller, listed) = Controller::of_cluster(&api.client(), None).unwrap();
+    timeout(LONG, listed.wait()).await.expect("the cluster is listed").unwrap();
+    controller
+}
+
+async fn subscribed(controller: &Controller) -> watch::Receiver<Arc<Published>> {
+    let scope = Scope { namespace: "default".into(), ..Scope::default() };
+    controller.publisher().subscribe(scope).await.unwrap()
+}
+
+async fn objects(controller: &Controller) -> BTreeMap<Kind, usize> {
+    controller.publisher().overview().await.unwrap().objects
+}
+
+/// What a controller has in force that finds the cluster as it is now.
+async fn expected(api: &FakeApi) -> u64 {
+    subscribed(&started(api).await).await.borrow().digest
+}
+
+async fn settles(published: &mut watch::Receiver<Arc<Published>>, digest: u64) {
+    let settled = published.wait_for(|published| published.digest == digest);
+    timeout(LONG, settled).await.expect("the digest of the cluster's state").unwrap();
+}
+
+/// Pages that are not the same in both.
+fn different(a: &Published, b: &Published) -> usize {
+    let missing = |a: &Published, b: &Published| {
+        a.pages.iter().filter(|page| b.page_digest(page.id) != Some(page.digest)).count()
+    };
+    missing(a, b).max(missing(b, a))
+}
+
+fn metrics(controller: &Controller) -> String {
+    let (mut registry, mut text) = (Registry::with_prefix("portolan"), String::new());
+    controller.cluster().unwrap().status.register(&mut registry);
+    encode(&mut text, &registry).unwrap();
+    text
+}
+
+#[tokio::test]
+async fn nothing_is_served_before_every_kind_was_listed() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    api.slow("pods", true);
+    let (controller, listed) = Controller::of_cluster(&api.client(), None).unwrap();
+    let mut listed = std::pin::pin!(listed.wait());
+    // Every other kind was listed by the time that its list was asked for again by another controller.
+    while api.lists("serviceentries") == 0 || api.lists("endpointslices") == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert!(timeout(Duration::from_millis(50), &mut listed).await.is_err(), "it does not wait for the Pods");
+    assert!(objects(&controller).await.is_empty());
+    api.slow("pods", false);
+    timeout(LONG, listed).await.unwrap().unwrap();
+    assert_eq!(objects(&controller).await, BTreeMap::from([(Kind::ServiceEntry, 1)]));
+}
+
+#[tokio::test]
+async fn a_change_of_the_cluster_is_a_change_of_what_is_served() {
+    let api = FakeApi::start().await;
+    for n in 0..1200 {
+        put(&api, &format!("e{n}"), &format!("host-{n}.example.com"));
+    }
+    let controller = started(&api).await;
+    let mut published = subscribed(&controller).await;
+    let before = published.borrow_and_update().clone();
+    put(&api, "e7", "changed.example.com");
+    settles(&mut published, expected(&api).await).await;
+    let after = published.borrow_and_update().clone();
+    let pages = different(&before, &after);
+    // The host that was and the one that is, each where its hash puts it.
+    assert!((1..=4).contains(&pages), "{pages} of {} pages differ", before.pages.len());
+    api.delete("serviceentries", "default", "e7");
+    settles(&mut published, expected(&api).await).await;
+    assert_eq!(objects(&controller).await[&Kind::ServiceEntry], 1199);
+}
+
+#[tokio::test]
+async fn a_watch_out_of_date_lists_again_and_changes_only_what_is_different() {
+    let api = FakeApi::start().await;
+    for n in 0..3 {
+        put(&api, &format!("e{n}"), &format!("host-{n}.example.com"));
+    }
+    let controller = started(&api).await;
+    let mut published = subscribed(&controller).await;
+    let before = published.borrow_and_update().clone();
+    let lists = api.lists("serviceentries");
+    api.forget();
+    while api.lists("serviceentries") == lists {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // The same state is no news.
+    put(&api, "e3", "host-3.example.com");
+    settles(&mut published, expected(&api).await).await;
+    assert_eq!(published.borrow().version, before.version + 1);
+}
+
+#[tokio::test]
+async fn an_api_server_that_goes_away_leaves_the_last_good_state() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    put(&api, "b", "b.example.com");
+    let controller = started(&api).await;
+    let mut published = subscribed(&controller).await;
+    let before = published.borrow_and_update().clone();
+    api.down(true);
+    let status = &controller.cluster().unwrap().status;
+    while status.unwatched().len() < 9 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(published.borrow().digest, before.digest);
+    // What happens meanwhile can be watched no more when it is back.
+    api.delete("serviceentries", "default", "a");
+    put(&api, "c", "c.example.com");
+    api.forget();
+    api.down(false);
+    settles(&mut published, expected(&api).await).await;
+    while !status.unwatched().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_kind_that_is_denied_takes_no_other_down() {
+    let api = FakeApi::start().await;
+    api.deny("virtualservices");
+    put(&api, "a", "a.example.com");
+    let controller = started(&api).await;
+    assert_eq!(objects(&controller).await, BTreeMap::from([(Kind::ServiceEntry, 1)]));
+    assert_eq!(controller.cluster().unwrap().status.unwatched(), ["VirtualService"]);
+    let metrics = metrics(&controller);
+    assert!(metrics.contains("portolan_kubernetes_watching{kind=\"VirtualService\"} 0"), "{metrics}");
+    assert!(metrics.contains("portolan_kubernetes_watch_errors_total{kind=\"VirtualService\"} 1"), "{metrics}");
+    assert!(metrics.contains("portolan_kubernetes_objects{kind=\"ServiceEntry\"} 1"), "{metrics}");
+    let mut published = subscribed(&controller).await;
+    put(&api, "b", "b.example.com");
+    settles(&mut published, expected(&api).await).await;
+}
+
+#[tokio::test]
+async fn resources_that_cannot_be_read_take_no_other_down() {
+    let api = FakeApi::start().await;
+    for (name, odd) in [
+        ("no-spec", json!({})),
+        ("text", json!({ "spec": "text" })),
+        ("hosts", json!({ "spec": { "hosts": { "a": 1 } } })),
+        ("labels", json!({ "metadata": { "labels": [1] }, "spec": {} })),
+    ] {
+        api.put("serviceentries", "default", name, odd.clone());
+        api.put("virtualservices", "default", name, odd.clone());
+        api.put("pods", "default", name, odd.clone());
+        api.put("endpointslices", "default", name, odd);
+    }
+    put(&api, "good", "good.example.com");
+    let controller = started(&api).await;
+    let counts = objects(&controller).await;
+    assert_eq!(counts[&Kind::ServiceEntry], 1, "{counts:?}");
+    let mut published = subscribed(&controller).await;
+    // A good resource that turns bad stays as it was; a bad one that turns good counts.
+    let before = published.borrow_and_update().digest;
+    api.put("serviceentries", "default", "good", json!({ "spec": { "hosts": [] } }));
+    put(&api, "text", "text.example.com");
+    published.changed().await.unwrap();
+    assert_ne!(published.borrow_and_update().digest, before);
+    assert_eq!(objects(&controller).await[&Kind::ServiceEntry], 2);
+}
+
+#[tokio::test]
+async fn an_older_version_of_istios_resources_is_found() {
+    let api = FakeApi::start().await;
+    api.hide("/networking.istio.io/v1/");
+    api.hide("/networking.istio.io/v1beta1/sidecars");
+    api.hide("/networking.istio.io/v1alpha3/sidecars");
+    put(&api, "a", "a.example.com");
+    let controller = started(&api).await;
+    assert_eq!(objects(&controller).await, BTreeMap::from([(Kind::ServiceEntry, 1)]));
+    assert_eq!(controller.cluster().unwrap().status.unwatched(), ["Sidecar"]);
+}
