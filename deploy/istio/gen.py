@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""gen.py [--check]: writes sidecars.yaml and gateways.yaml, which say the same of two kinds of proxies."""
+import pathlib, sys
+
+import yaml
+
+V3 = "type.googleapis.com/envoy.extensions"
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def wasm(kind, root):
+    """The module for a filter that istiod does not place itself; the agent fetches it as it does a WasmPlugin's."""
+    return {"name": root.replace("_", "-"), "typed_config": {
+        "@type": f"{V3}.filters.{kind}.wasm.v3.Wasm",
+        "config": {
+            "name": root, "root_id": root, "fail_open": False,
+            "configuration": {"@type": "type.googleapis.com/google.protobuf.StringValue", "value": '{"controller": "portolan"}'},
+            "vm_config": {"runtime": "envoy.wasm.runtime.v8", "code": {"remote": {"http_uri": {
+                "uri": "oci://registry.example.com/portolan/filter@sha256:DIGEST", "cluster": "_", "timeout": "30s"}}}},
+        }}}
+
+
+def discovered(kind, root):
+    return {"name": root.replace("_", "-"), "config_discovery": {
+        "config_source": {"ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3"},
+        "type_urls": [f"{V3}.filters.{kind}.wasm.v3.Wasm"]}}
+
+
+def on_stream():
+    return {"resource_api_version": "V3", "api_config_source": {"api_type": "DELTA_GRPC", "transport_api_version": "V3",
+            "grpc_services": [{"envoy_grpc": {"cluster_name": "portolan"}}]}}
+
+
+def on_demand():
+    return {"name": "portolan-on-demand", "typed_config": {
+        "@type": f"{V3}.filters.http.on_demand.v3.OnDemand", "odcds": {"source": on_stream(), "timeout": "2s"}}}
+
+
+def secret(name):
+    return {"name": name, "sds_config": {"resource_api_version": "V3", "initial_fetch_timeout": "0s", "api_config_source": {
+        "api_type": "GRPC", "transport_api_version": "V3", "set_node_on_first_message_only": True,
+        "grpc_services": [{"envoy_grpc": {"cluster_name": "sds-grpc"}}]}}}
+
+
+def controller():
+    """The controller's Service, with the certificates that the mesh has given to both sides."""
+    options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    return {
+        "name": "portolan", "type": "STRICT_DNS", "connect_timeout": "2s",
+        "typed_extension_protocol_options": {options: {"@type": f"type.googleapis.com/{options}", "explicit_http_config": {
+            "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}}}}},
+        "load_assignment": {"cluster_name": "portolan", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {
+            "socket_address": {"address": "portolan.portolan-system.svc.cluster.local", "port_value": 15012}}}}]}]},
+        "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": {
+            "@type": f"{V3}.transport_sockets.tls.v3.UpstreamTlsContext",
+            "common_tls_context": {
+                "alpn_protocols": ["h2"],
+                "tls_certificate_sds_secret_configs": [secret("default")],
+                "combined_validation_context": {
+                    "default_validation_context": {"match_typed_subject_alt_names": [
+                        {"san_type": "URI", "matcher": {"exact": "spiffe://cluster.local/ns/portolan-system/sa/portolan"}}]},
+                    "validation_context_sds_secret_config": secret("ROOTCA")}}}}}
+
+
+def patch(apply_to, context, operation, value, **match):
+    return {"applyTo": apply_to, "match": {"context": context, **match}, "patch": {"operation": operation, "value": value}}
+
+
+HCM = "envoy.filters.network.http_connection_manager"
+TCP_PROXY = {"listener": {"filterChain": {"filter": {"name": "envoy.filters.network.tcp_proxy"}}}}
+ROUTER = {"listener": {"filterChain": {"filter": {"name": HCM, "subFilter": {"name": "envoy.filters.http.router"}}}}}
+BY_HEADER = {"route": {"cluster_header": "x-portolan-cluster"}}
+
+
+def common(context):
+    """What a proxy of either kind needs: the controller, the modules, and clusters on demand."""
+    return [
+        patch("CLUSTER", context, "ADD", controller()),
+        patch("EXTENSION_CONFIG", context, "ADD", wasm("http", "portolan_http")),
+        patch("EXTENSION_CONFIG", context, "ADD", wasm("network", "portolan_tcp")),
+        patch("HTTP_FILTER", context, "INSERT_BEFORE", on_demand(), **ROUTER),
+    ]
+
+
+def tcp(context):
+    """Every TCP proxy asks the filter first: those of virtualOutbound, and those that take what is no HTTP on an HTTP port
+    (PassthroughFilterChain), which would otherwise be a way around it."""
+    proxy = {"name": "envoy.filters.network.tcp_proxy", "typed_config": {
+        "@type": f"{V3}.filters.network.tcp_proxy.v3.TcpProxy",
+        "on_demand": {"odcds_config": on_stream(), "timeout": "2s"}}}
+    return [patch("NETWORK_FILTER", context, "INSERT_BEFORE", discovered("network", "portolan_tcp"), **TCP_PROXY),
+            patch("NETWORK_FILTER", context, "MERGE", proxy, **TCP_PROXY)]
+
+
+def sniffed():
+    """HTTP on ports that istiod has no listener for."""
+    manager = {
+        "@type": f"{V3}.filters.network.http_connection_manager.v3.HttpConnectionManager", "stat_prefix": "portolan",
+        "normalize_path": True, "stream_idle_timeout": "0s", "upgrade_configs": [{"upgrade_type": "websocket"}],
+        "route_config": {"name": "portolan", "virtual_hosts": [{"name": "portolan", "domains": ["*"], "routes": [
+            {"match": {"prefix": "/"}, **BY_HEADER}]}]},
+        "http_filters": [discovered("http", "portolan_http"), on_demand(), {"name": "envoy.filters.http.router", "typed_config": {
+            "@type": f"{V3}.filters.http.router.v3.Router"}}]}
+    chain = {"name": "portolan-http", "filter_chain_match": {"transport_protocol": "raw_buffer", "application_protocols": ["http/1.1", "h2c"]},
+             "filters": [{"name": HCM, "typed_config": manager}]}
+    there, context = {"listener": {"name": "virtualOutbound"}}, "SIDECAR_OUTBOUND"
+
+    def inspector(kind, message):
+        return {"name": f"envoy.filters.listener.{kind}", "typed_config": {"@type": f"{V3}.filters.listener.{kind}.v3.{message}"}}
+    return [patch("FILTER_CHAIN", context, "ADD", chain, **there),
+            patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector("http_inspector", "HttpInspector"), **there),
+            patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector("tls_inspector", "TlsInspector"), **there)]
+
+
+def envoy_filter(head, name, patches, **spec):
+    text = yaml.safe_dump({"apiVersion": "networking.istio.io/v1alpha3", "kind": "EnvoyFilter",
+                           "metadata": {"name": name, "namespace": "istio-system"},
+                           "spec": {**spec, "configPatches": patches}}, sort_keys=False, width=110, default_flow_style=False)
+    return f"# {head}\n# Written by gen.py.\n{text}"
+
+
+def files():
+    sidecar = "SIDECAR_OUTBOUND"
+    unknown = patch("HTTP_ROUTE", sidecar, "MERGE", BY_HEADER, routeConfiguration={"vhost": {"name": "allow_any"}})
+    return {
+        "sidecars.yaml": envoy_filter("Sidecars: what the filter says becomes where the connection goes.", "portolan",
+                                      common(sidecar) + [unknown] + sniffed() + tcp(sidecar)),
+        "gateways.yaml": envoy_filter("Egress gateways: what their routes leave open is decided by the filter.", "portolan-gateway",
+                                      common("GATEWAY") + tcp("GATEWAY"), workloadSelector={"labels": {"istio": "egressgateway"}}),
+    }
+
+
+if __name__ == "__main__":
+    yaml.SafeDumper.ignore_aliases = lambda *_: True
+    for name, text in files().items():
+        if sys.argv[1:] != ["--check"]:
+            (HERE / name).write_text(text)
+        elif (HERE / name).read_text() != text:
+            sys.exit(f"{name} is not what gen.py writes")
