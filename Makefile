@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm test test-unit h2spec conformance test-envoy lint check-wasm fuzz-smoke bench gen ci
+.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-kubernetes lint check-wasm fuzz-smoke bench gen ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
 # tests/conformance/select_cases.py names.
@@ -20,7 +20,11 @@ run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 
 wasm:  ## filter.wasm, as proxy-host carries it: target/filter/wasm32-wasip1/wasm/portolan_filter.wasm
 	cargo build --locked -p portolan-filter --lib --profile wasm --target wasm32-wasip1 --target-dir target/filter
 
-test: lint check-wasm test-unit conformance test-envoy fuzz-smoke  ## all of these
+oci: wasm  ## filter.wasm as an OCI image layout in target/oci, for Istio's WasmPlugin; prints the digest
+	@rm -rf target/oci
+	@deploy/wasm-image.py target/filter/wasm32-wasip1/wasm/portolan_filter.wasm target/oci
+
+test: lint check-wasm test-unit conformance test-envoy test-kubernetes fuzz-smoke  ## all of these
 	@echo "make test: all passed"
 
 test-unit: build  ## cargo test of every crate
@@ -35,6 +39,10 @@ conformance: build  ## recorded answers, our differences and the examples, throu
 
 test-envoy: build  ## a real Envoy, and proxy-host, while things change or fail; the quick start (root)
 	tests/envoy/run.sh
+
+test-kubernetes: build  ## a real API server and etcd (needs Go once, to build them); the chart with helm
+	tests/kubernetes/run.sh
+	tests/kubernetes/chart.sh
 
 lint:  ## formatting and clippy; warnings are errors
 	cargo fmt --check

@@ -1,0 +1,493 @@
+#!/usr/bin/env python3
+"""scenarios.py [NAME...]: Portolan in a cluster whose API server and etcd are real; only nodes are missing.
+
+One cluster serves all scenarios, each with namespaces of its own. `run.sh` builds what is needed.
+"""
+import base64, concurrent.futures, contextlib, http.client, http.server, json, os, pathlib, signal, socket, ssl, subprocess, sys
+import threading, time, traceback, urllib.request
+
+from cluster import ISTIO, Cluster, Refused, documents, free_port, metric, until
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
+PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
+ENTRIES = int(os.environ.get("ENTRIES", 5000))
+SCENARIOS = []
+
+
+def scenario(function):
+    SCENARIOS.append(function)
+    return function
+
+
+class Process:
+    """A child whose log can be read; ends with the block."""
+    def __init__(self, cluster, name, command):
+        self.log = cluster.path / f"{name}.log"
+        self.process = subprocess.Popen([str(c) for c in command], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
+
+    def said(self, text):
+        if self.process.poll() is not None:
+            raise AssertionError(f"ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
+        return text in self.log.read_text()
+
+    def stop(self, how=signal.SIGTERM):
+        self.process.send_signal(how)
+        return self.process.wait(15)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if failed:
+            print(f"--- {self.log.name}\n{self.log.read_text()[-3000:]}", file=sys.stderr)
+
+
+class Controller(Process):
+    def __init__(self, cluster, name="controller", user="portolan", listen=None, wait=True, extra=()):
+        self.listen, self.admin_port = listen or free_port(), free_port()
+        mesh = cluster.path / "mesh.yaml"
+        mesh.write_text("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")
+        super().__init__(cluster, name, [PORTOLAN, "serve", "--kubernetes", "--kubeconfig", cluster.kubeconfig(user), "--mesh", mesh,
+                                         "--listen", f"127.0.0.1:{self.listen}", "--admin", f"127.0.0.1:{self.admin_port}", *extra])
+        if wait:
+            until("the controller serves", lambda: self.said("serving on"), 60)
+
+    def admin(self, page):
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.admin_port}/{page}", timeout=10).read().decode()
+
+    def metric(self, name, **labels):
+        return metric(self.admin("metrics"), f"portolan_{name}", **labels)
+
+
+class Proxy(Process):
+    def __init__(self, cluster, controller, name="proxy", namespace="default"):
+        self.port = free_port()
+        super().__init__(cluster, name, [PROXY_HOST, "--controller", f"http://127.0.0.1:{controller.listen}", "--namespace", namespace,
+                                         "--http-proxy", f"127.0.0.1:{self.port}", "--threads", 1, "--access-log=off"])
+        until("the proxy listens", lambda: self.get("none.example.com") is not None)
+
+    def get(self, host):
+        """Status and body of a request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", f"http://{host}/", headers={"Host": host})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+
+class Origin(http.server.ThreadingHTTPServer):
+    """Says who it is."""
+    def __init__(self, name, address, port=0):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(name)))
+                self.end_headers()
+                self.wfile.write(name.encode())
+
+            def log_message(self, *_):
+                pass
+        super().__init__((address, port), Handler)
+        self.daemon_threads = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def namespace(cluster, name):
+    with contextlib.suppress(Refused):
+        cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+
+
+def entry(name, host, spec=None, ns="default", port=80, address="127.0.0.1"):
+    spec = spec or {"resolution": "STATIC", "endpoints": [{"address": address}]}
+    return {"apiVersion": ISTIO, "kind": "ServiceEntry", "metadata": {"name": name, "namespace": ns},
+            "spec": {"hosts": [host], "ports": [{"number": 80, "targetPort": port, "name": "http", "protocol": "HTTP"}],
+                     "location": "MESH_INTERNAL", **spec}}
+
+
+def everywhere(work, items, threads=16):
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+@scenario
+def custom_resources_are_judged_as_recorded(cluster):
+    """The API server with our CRDs says of every recorded case what it says with Istio's."""
+    cases = [json.loads(line) for line in open(ROOT / "tests/conformance/validation.jsonl")]
+    for ns in {case["resource"].get("metadata", {}).get("namespace") for case in cases} - {None}:
+        namespace(cluster, ns)
+
+    def judge(case):
+        resource = case["resource"]
+        try:
+            cluster.create(resource, "?dryRun=All")
+            got = "ok"
+        except Refused as refused:
+            got = f"error ({refused})"
+        return None if got.split()[0] == case["crd"] else f"{case['id']}: recorded {case['crd']} ({case['rule']}), is {got}"
+    wrong = [answer for answer in everywhere(judge, cases) if answer]
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+    return f"{len(cases)} cases"
+
+
+@scenario
+def a_vm_moves_to_pods_while_requests_flow(cluster):
+    namespace(cluster, "move")
+    selected = {"resolution": "STATIC", "workloadSelector": {"labels": {"app": "shop"}}}
+    # On one port, as a workload is wherever it is.
+    vm = Origin("vm", "127.0.0.2")
+    pods = Origin("pods", "127.0.0.3", vm.server_port)
+    cluster.apply(entry("shop", "shop.example.com", selected, "move", vm.server_port))
+    workload = {"apiVersion": ISTIO, "kind": "WorkloadEntry", "metadata": {"name": "vm", "namespace": "move"},
+                "spec": {"address": "127.0.0.2", "labels": {"app": "shop"}}}
+    cluster.apply(workload)
+    with Controller(cluster) as controller, Proxy(cluster, controller, namespace="move") as proxy:
+        until("the VM answers", lambda: proxy.get("shop.example.com") == (200, "vm"))
+        answers, stop = [], threading.Event()
+
+        def client():
+            while not stop.is_set():
+                answers.append(proxy.get("shop.example.com"))
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        [c.start() for c in clients]
+        try:
+            pod = cluster.pod("shop-1", "127.0.0.3", {"app": "shop"}, "move")
+            until("the pod answers too", lambda: (200, "pods") in answers[-50:])
+            cluster.delete(workload)
+            until("the VM answers no more", lambda: len(answers) > 200 and set(answers[-100:]) == {(200, "pods")})
+            # And back.
+            cluster.apply(workload)
+            until("the VM answers again", lambda: (200, "vm") in answers[-50:])
+            cluster.delete(pod)
+            until("the pod answers no more", lambda: set(answers[-100:]) == {(200, "vm")})
+        finally:
+            stop.set()
+            [c.join() for c in clients]
+        assert {status for status, _ in answers} == {200}, "requests failed"
+        said = f"{len(answers)} requests, none failed"
+    vm.shutdown(), pods.shutdown()
+    return said
+
+
+@scenario
+def thousands_of_entries_come_change_and_go(cluster):
+    namespace(cluster, "many")
+    names = [f"e{n}" for n in range(ENTRIES)]
+    with Controller(cluster) as controller, Proxy(cluster, controller, namespace="many") as proxy:
+        count = lambda: controller.metric("kubernetes_objects", kind="ServiceEntry")
+        others = count()
+        start = time.monotonic()
+        everywhere(lambda name: cluster.create(entry(name, f"{name}.many.example.com", ns="many", port=9)), names)
+        created = time.monotonic() - start
+        until("all are there", lambda: count() == others + ENTRIES)
+        bytes_of_all = controller.metric("snapshot_bytes")
+        origin = Origin("changed", "127.0.0.1")
+        start = time.monotonic()
+        patch = {"spec": {"ports": [{"number": 80, "targetPort": origin.server_port, "name": "http", "protocol": "HTTP"}]}}
+
+        def change(name):
+            address = cluster.address(entry(name, "x", ns="many"))
+            cluster.request("PATCH", address, patch, "application/merge-patch+json")
+        everywhere(change, names)
+        changed = time.monotonic() - start
+        until("the last one is changed", lambda: proxy.get(f"{names[-1]}.many.example.com") == (200, "changed"))
+        # From a change in the API server to its effect on a request.
+        times = []
+        for n in range(60):
+            cluster.create(entry(f"t{n}", f"t{n}.time.example.com", ns="many", port=origin.server_port))
+            start = time.monotonic()
+            until("it is in effect", lambda: proxy.get(f"t{n}.time.example.com")[0] == 200, pause=0.001)
+            times.append(time.monotonic() - start)
+        times.sort()
+        resident = int(next(line for line in open(f"/proc/{controller.process.pid}/status") if line.startswith("VmRSS")).split()[1])
+        cluster.request("DELETE", cluster.address(entry("", "", ns="many"), name=False))
+        until("all are gone", lambda: count() == others, 60)
+        until("the proxy knows none", lambda: proxy.get(f"{names[0]}.many.example.com")[0] != 200)
+        origin.shutdown()
+    return (f"{ENTRIES} entries: created in {created:.1f} s, changed in {changed:.1f} s; {bytes_of_all / 1024:.0f} KiB of snapshot, "
+            f"{resident / 1024:.0f} MiB resident; a change is in effect after {1000 * times[30]:.0f} ms (median), {1000 * times[-1]:.0f} ms (most of 60)")
+
+
+@scenario
+def a_controller_starts_again_and_sends_nothing_twice(cluster):
+    namespace(cluster, "again")
+    origin = Origin("again", "127.0.0.1")
+    everywhere(lambda n: cluster.apply(entry(f"e{n}", f"e{n}.again.example.com", ns="again", port=origin.server_port)), range(300))
+    with contextlib.ExitStack() as both:
+        first = both.enter_context(Controller(cluster))
+        proxy = both.enter_context(Proxy(cluster, first, namespace="again"))
+        until("it is served", lambda: proxy.get("e1.again.example.com") == (200, "again"))
+        full = first.metric("bytes")
+        first.stop()
+        assert proxy.get("e1.again.example.com") == (200, "again"), "the proxy has lost its snapshot"
+        second = both.enter_context(Controller(cluster, "controller-2", listen=first.listen))
+        until("the proxy is back", lambda: second.metric("subscribers") >= 1)
+        until("it is told that it is up to date", lambda: second.metric("updates") >= 1)
+        again = second.metric("bytes")
+        assert second.metric("pages") == 0, "pages were sent again"
+        assert again <= full / 100, f"{again} bytes of {full} were sent again"
+        cluster.delete(entry("e1", "", ns="again"))
+        until("changes arrive", lambda: proxy.get("e1.again.example.com")[0] != 200)
+    origin.shutdown()
+    return f"{full:.0f} bytes at first, {again:.0f} after the restart"
+
+
+@scenario
+def an_api_server_goes_away(cluster):
+    namespace(cluster, "away")
+    origin = Origin("here", "127.0.0.1")
+    stays, goes = (entry(n, f"{n}.away.example.com", ns="away", port=origin.server_port) for n in ("stays", "goes"))
+    cluster.apply(stays), cluster.apply(goes)
+    with Controller(cluster) as controller, Proxy(cluster, controller, namespace="away") as proxy:
+        until("they are served", lambda: proxy.get("goes.away.example.com")[0] == 200)
+        pages = controller.metric("pages")
+        cluster.stop()
+        until("the controller notices", lambda: controller.metric("kubernetes_watching", kind="ServiceEntry") == 0)
+        assert proxy.get("stays.away.example.com")[0] == 200
+        cluster.start()
+        # Before the controller is back, which it says by its metric.
+        cluster.delete(goes)
+        until("it has caught up", lambda: proxy.get("goes.away.example.com")[0] != 200)
+        assert proxy.get("stays.away.example.com")[0] == 200
+        until("all is watched", lambda: "} 0" not in "".join(l for l in controller.admin("metrics").splitlines() if "_watching{" in l))
+        again = controller.metric("pages") - pages
+        assert again <= 4, f"{again} pages were sent again, more than what differs"
+    origin.shutdown()
+
+
+@scenario
+def a_kind_is_denied(cluster):
+    namespace(cluster, "denied")
+    role = role_of(cluster)
+    for rule in role["rules"]:
+        rule["resources"] = [r for r in rule["resources"] if not r.startswith("virtualservices")]
+    role["metadata"]["name"] = "denied"
+    cluster.apply(role)
+    bind(cluster, "denied", "denied")
+    origin = Origin("served", "127.0.0.1")
+    cluster.apply(entry("served", "served.denied.example.com", ns="denied", port=origin.server_port))
+    with Controller(cluster, user="denied") as controller, Proxy(cluster, controller, namespace="denied") as proxy:
+        until("the rest is served", lambda: proxy.get("served.denied.example.com")[0] == 200)
+        assert controller.metric("kubernetes_watching", kind="VirtualService") == 0
+        assert controller.metric("kubernetes_watch_errors", kind="VirtualService") >= 1
+        lines = [line for line in controller.log.read_text().splitlines() if "may not be listed" in line]
+        assert len(lines) == 1 and "virtualservices" in lines[0], lines
+    origin.shutdown()
+
+
+def certify(cluster, serial):
+    """A certificate for 127.0.0.1, signed by an authority that stays the same."""
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=cluster.path, check=True, capture_output=True)
+    if not (cluster.path / "authority.pem").exists():
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=authority",
+                "-keyout", "authority.key", "-out", "authority.pem", "-days", "2")
+    openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=webhook",
+            "-keyout", "webhook.key.new", "-out", "webhook.csr")
+    (cluster.path / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl("x509", "-req", "-in", "webhook.csr", "-CA", "authority.pem", "-CAkey", "authority.key", "-days", "1",
+            "-set_serial", str(serial), "-extfile", "san", "-out", "webhook.pem.new")
+    for name in ("webhook.key", "webhook.pem"):
+        os.rename(cluster.path / f"{name}.new", cluster.path / name)
+
+
+def serial_at(port):
+    context = ssl._create_unverified_context()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, context.wrap_socket(plain) as secure:
+        der = secure.getpeercert(True)
+    said = subprocess.run(["openssl", "x509", "-inform", "der", "-noout", "-serial"], input=der, capture_output=True, check=True)
+    return int(said.stdout.decode().strip().split("=")[1], 16)
+
+
+@scenario
+def the_webhook_judges_as_recorded(cluster):
+    """What istiod's webhook refuses of what the API server lets through, ours refuses; conflicts are warnings."""
+    namespace(cluster, "hook")
+    cases = [json.loads(line) for line in open(ROOT / "tests/conformance/validation.jsonl")]
+    for ns in {case["resource"].get("metadata", {}).get("namespace") for case in cases} - {None}:
+        namespace(cluster, ns)
+    certify(cluster, 17)
+    port = free_port()
+    hook = ["--webhook", f"127.0.0.1:{port}", "--webhook-cert", cluster.path / "webhook.pem", "--webhook-key", cluster.path / "webhook.key"]
+    with Controller(cluster, extra=hook) as controller:
+        configuration = next(d for d in rendered() if d["kind"] == "ValidatingWebhookConfiguration")
+        webhook = configuration["webhooks"][0]
+        authority = base64.b64encode((cluster.path / "authority.pem").read_bytes()).decode()
+        webhook["clientConfig"] = {"url": f"https://127.0.0.1:{port}/validate", "caBundle": authority}
+        # Here a request that nobody judges has to be seen.
+        webhook["failurePolicy"] = "Fail"
+        cluster.apply(configuration)
+        try:
+            bad = next(c for c in cases if c["crd"] == "ok" and c.get("webhookPruned", c["webhook"]) == "error")["resource"]
+
+            def refused():
+                try:
+                    cluster.create(bad, "?dryRun=All")
+                except Refused as refused:
+                    return refused
+            said = until("the webhook is asked", refused)
+            assert "validation.portolan.io" in str(said), said
+
+            def judge(case):
+                expected = "error" if case["crd"] == "error" or case.get("webhookPruned", case["webhook"]) == "error" else "ok"
+                try:
+                    answer = cluster.create(case["resource"], "?dryRun=All")
+                    got = "ok"
+                except Refused as refused:
+                    answer, got = refused, "error"
+                return None if got == expected else f"{case['id']}: expected {expected}, is {got}: {answer}"
+            start = time.monotonic()
+            wrong = [answer for answer in everywhere(judge, cases) if answer]
+            took = time.monotonic() - start
+            assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+            def warned():
+                answer = cluster.create(entry("second", "one.hook.example.com", {"resolution": "DNS"}, "hook"), "?dryRun=All")
+                return next((w for w in answer["warnings"] if "hook/first" in w), None)
+            cluster.apply(entry("first", "one.hook.example.com", {"resolution": "NONE"}, "hook"))
+            warning = until("the conflict is a warning", warned)
+            # Certificates change without a restart, and nobody is refused meanwhile.
+            certify(cluster, 18)
+            until("the new certificate is used", lambda: serial_at(port) == 18)
+            cluster.create(entry("third", "three.hook.example.com", {"resolution": "DNS"}, "hook"), "?dryRun=All")
+            assert controller.metric("webhook_denied") > 100
+        finally:
+            cluster.delete(configuration)
+    return f"{len(cases)} cases in {took:.1f} s by 16 clients; warning: {warning}"
+
+
+@scenario
+def one_of_two_controllers_writes_conditions(cluster):
+    namespace(cluster, "told")
+    older = cluster.apply(entry("older", "same.told.example.com", {"resolution": "NONE"}, "told"))
+    time.sleep(1.1)                                      # ages are whole seconds
+    younger = entry("younger", "same.told.example.com", {"resolution": "DNS"}, "told")
+    cluster.apply(younger)
+
+    def condition(kind="portolan.io/Conflicted"):
+        conditions = cluster.get(younger).get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind), {})
+    with Controller(cluster, "first", extra=["--write-status"]) as first, Controller(cluster, "second", extra=["--write-status"]) as second:
+        told = until("the conflict is told", lambda: condition().get("status") == "True" and condition())
+        assert "told/older" in told["message"], told
+        version = cluster.get(younger)["metadata"]["resourceVersion"]
+        assert not cluster.get(older).get("status", {}).get("conditions"), "the one that wins has nothing to be told"
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": "portolan-system", "name": "portolan"}}
+        holder = cluster.get(lease)["spec"]["holderIdentity"]
+        leader, other = (first, second) if holder.endswith(f"_{first.process.pid}") else (second, first)
+        # Other changes come by, of which this one is told nothing new.
+        cluster.apply(entry("by", "by.told.example.com", {"resolution": "DNS"}, "told"))
+        before = cluster.get(lease)["spec"]["renewTime"]
+        until("the Lease is renewed", lambda: cluster.get(lease)["spec"]["renewTime"] != before)
+        assert cluster.get(younger)["metadata"]["resourceVersion"] == version, "written though nothing has changed"
+        leader.stop(signal.SIGKILL)
+        start = time.monotonic()
+        until("the other one leads", lambda: cluster.get(lease)["spec"]["holderIdentity"].endswith(f"_{other.process.pid}"), 40)
+        took = time.monotonic() - start
+        cluster.delete(older)
+        until("the conflict is over", lambda: condition().get("status") == "False")
+        other.stop()
+        assert not cluster.get(lease)["spec"].get("holderIdentity"), "the Lease was not given up"
+    return f"the other one led after {took:.1f} s; {told['message']}"
+
+
+@scenario
+def what_is_deployed_is_valid(cluster):
+    count, foreign = 0, []
+    for path in sorted((ROOT / "deploy/kubernetes").glob("*.yaml")):
+        for document in documents(path.read_text()):
+            if document["apiVersion"].startswith("monitoring.coreos.com/"):
+                foreign.append(document["kind"])
+                continue
+            cluster.apply(document, "&dryRun=All")
+            count += 1
+    subprocess.run([sys.executable, ROOT / "deploy/istio/gen.py", "--check"], check=True)
+    sidecar = documents((ROOT / "deploy/istio/sidecar.yaml").read_text())[0]
+    namespace(cluster, sidecar["metadata"]["namespace"])
+    cluster.apply(sidecar, "&dryRun=All")
+    return f"{count} objects; not judged, as their CRDs are not ours: {', '.join(foreign) or 'none'}"
+
+
+def rendered():
+    return documents((ROOT / "deploy/kubernetes/controller.yaml").read_text())
+
+
+def role_of(cluster):
+    """The controller's role, as it is deployed."""
+    return next(d for d in rendered() if d["kind"] == "ClusterRole")
+
+def bind(cluster, role, user):
+    cluster.apply({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": f"test-{user}"},
+                   "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+                   "subjects": [{"kind": "User", "name": user, "apiGroup": "rbac.authorization.k8s.io"}]})
+
+
+def prepare(cluster):
+    crds = subprocess.run([PORTOLAN, "crds", "--output", "json"], check=True, capture_output=True)
+    crds = json.loads(crds.stdout)["items"]
+    for crd in crds:
+        cluster.apply(crd)
+    for crd in crds:
+        def established():
+            conditions = cluster.get(crd).get("status", {}).get("conditions", [])
+            odd = [c for c in conditions if c["type"] == "NonStructuralSchema" and c["status"] == "True"]
+            assert not odd, odd
+            return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+        until(f"{crd['metadata']['name']} is established", established)
+    for crd in crds:
+        list_of = f"/apis/{ISTIO}/{crd['spec']['names']['plural']}"
+        until(f"{list_of} is served", lambda: served(cluster, list_of))
+    role = role_of(cluster)
+    cluster.apply(role)
+    bind(cluster, role["metadata"]["name"], "portolan")
+    namespace(cluster, "portolan-system")
+    for document in rendered():
+        if document["kind"] in ("Role", "RoleBinding"):
+            for subject in document.get("subjects", []):
+                subject.clear()
+                subject.update({"kind": "User", "name": "portolan", "apiGroup": "rbac.authorization.k8s.io"})
+            cluster.apply(document)
+
+
+def served(cluster, path):
+    try:
+        return cluster.request("GET", path)
+    except Refused:
+        return False
+
+
+def main(names):
+    unknown = set(names) - {s.__name__ for s in SCENARIOS}
+    if unknown:
+        sys.exit(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(s.__name__ for s in SCENARIOS)}")
+    failed, begin = 0, time.monotonic()
+    cluster = Cluster()
+    try:
+        print(f"the API server is ready after {time.monotonic() - begin:.1f} s", flush=True)
+        prepare(cluster)
+        for run in SCENARIOS:
+            if names and run.__name__ not in names:
+                continue
+            start = time.monotonic()
+            try:
+                said = run(cluster)
+                print(f"{run.__name__}: ok in {time.monotonic() - start:.1f} s{f': {said}' if said else ''}", flush=True)
+            except Exception:
+                failed += 1
+                traceback.print_exc()
+                print(f"{run.__name__}: FAILED", flush=True)
+    finally:
+        cluster.close()
+    print(f"{time.monotonic() - begin:.0f} s in all")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
