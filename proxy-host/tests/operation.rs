@@ -241,3 +241,31 @@ fn the_units_of_systemd_give_arguments_that_there_are() {
     let socket = fs::read_to_string(format!("{folder}portolan.socket")).unwrap();
     assert!(socket.contains("FileDescriptorName=transparent\n"));
 }
+
+#[test]
+fn systemd_understands_the_units() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/systemd/");
+    let dir = tempfile::tempdir().unwrap();
+    let mut verify = Command::new("systemd-analyze");
+    verify.args(["verify", "--man=no"]);
+    for unit in fs::read_dir(folder).unwrap() {
+        let unit = unit.unwrap();
+        let text = fs::read_to_string(unit.path()).unwrap();
+        // The program is not installed here.
+        let text = text.replace("/usr/local/bin/proxy-host", env!("CARGO_BIN_EXE_proxy-host"));
+        let path = dir.path().join(unit.file_name());
+        fs::write(&path, text).unwrap();
+        verify.arg(path);
+    }
+    match verify.output() {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let ours: Vec<_> = said.lines().filter(|line| line.contains("portolan")).collect();
+            assert!(output.status.success() && ours.is_empty(), "{said}");
+        }
+        Err(error) => {
+            assert!(std::env::var_os("CI").is_none(), "SKIPPED in CI: systemd-analyze: {error}");
+            println!("SKIPPED: systemd-analyze does not start: {error}");
+        }
+    }
+}

@@ -1,5 +1,10 @@
 //! Headers, bodies, trailers, and the order of callbacks.
 
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener},
+};
+
 use crate::support::{Got, Host, Kind, Setup, exchange, get, hosts, http2, origin, post};
 
 /// Runs the same in every host; all must come to the same, which is given back.
@@ -173,6 +178,41 @@ fn callbacks_come_in_envoys_order() {
     assert_eq!(said[1..], expected);
     let (said, _) = same(&setup, "order without a body", |host| ordered(host, "", false));
     assert_eq!(said[1], "request-headers true");
+}
+
+/// An origin that says this to each client, and nothing more.
+fn mute(says: &'static str) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut open = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            // Not before it is asked.
+            let _ = stream.read(&mut [0; 1024]);
+            stream.write_all(says.as_bytes()).unwrap();
+            open.push(stream);
+        }
+    });
+    address
+}
+
+#[test]
+fn a_stream_on_which_nothing_moves_ends() {
+    let (silent, half) = (mute(""), mute("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"));
+    for (upstream, request, status, broken) in [
+        (silent, "GET /p HTTP/1.1\r\nhost: a.example\r\nconnection: close\r\n\r\n", 504, false),
+        (silent, "POST /p HTTP/1.1\r\nhost: a.example\r\ncontent-length: 4\r\n\r\nbo", 408, false),
+        (half, "GET /p HTTP/1.1\r\nhost: a.example\r\nconnection: close\r\n\r\n", 200, true),
+    ] {
+        let setup = Setup { stream_idle: Some(400), ..Setup::new("order", upstream) };
+        let got = same(&setup, "a silent stream", |host| {
+            let got = exchange(host.address, request);
+            host.wait("delete");
+            (got.status, got.broken, got.body)
+        });
+        let text = if broken { "half" } else { "stream timeout" };
+        assert_eq!(got, (status, broken, text.to_owned()));
+    }
 }
 
 #[test]

@@ -113,6 +113,8 @@ pub struct Setup<'a> {
     pub grpc: SocketAddr,
     /// Clients and the upstream speak HTTP/2.
     pub http2: bool,
+    /// Silence that ends a stream, in milliseconds.
+    pub stream_idle: Option<u32>,
 }
 
 impl<'a> Setup<'a> {
@@ -127,6 +129,7 @@ impl<'a> Setup<'a> {
             calls: nowhere,
             grpc: nowhere,
             http2: false,
+            stream_idle: None,
         }
     }
 }
@@ -267,6 +270,9 @@ fn portolan(setup: &Setup, address: SocketAddr) -> Command {
     if setup.network {
         command.arg("--network");
     }
+    if let Some(ms) = setup.stream_idle {
+        command.args(["--stream-idle-timeout", &format!("{ms}ms")]);
+    }
     command
 }
 
@@ -313,6 +319,7 @@ fn bootstrap(setup: &Setup, address: SocketAddr) -> String {
             "typed_config": {
                 "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
                 "stat_prefix": "http",
+                "stream_idle_timeout": format!("{}s", f64::from(setup.stream_idle.unwrap_or(300_000)) / 1000.0),
                 "route_config": {"virtual_hosts": [{
                     "name": "upstream",
                     "domains": ["*"],
