@@ -22,7 +22,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     // Its help stands with its arguments.
-    Serve(commands::serve::Serve),
+    Serve(Box<commands::serve::Serve>),
     Bootstrap(commands::bootstrap::Bootstrap),
     Validate(commands::validate::Validate),
     Crds(commands::crds::Crds),
