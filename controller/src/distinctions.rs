@@ -169,7 +169,7 @@ mod tests {
                 "app",
             ),
         ] {
-            let found = of(&format!("apiVersion: networking.istio.io/v1\nmetadata: {{name: n}}\n{asks}"));
+            let found = of(&format!("apiVersion: networking.istio.io/v1\nmetadata: {{name: it}}\n{asks}"));
             let keys: Vec<&str> = found.labels.iter().map(String::as_str).collect();
             assert_eq!(keys.join(" "), key, "{asks}");
         }
