@@ -31,7 +31,7 @@ fn free() -> SocketAddr {
 fn gateway(port: SocketAddr, server: &str) -> String {
     format!(
         "apiVersion: networking.istio.io/v1\nkind: Gateway\nmetadata: {{name: g, namespace: default}}\nspec:\n  \
-         servers: [{{port: {{number: {}, name: p, protocol: {server}}}]\n---\n\
+         servers: [{{port: {{number: {}, name: p, protocol: {server}]\n---\n\
          apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: v, namespace: default}}\nspec:\n  \
          hosts: ['*']\n  gateways: [g]\n  http: [{{route: [{{destination: {{host: a.test, port: {{number: 80}}}}}}]}}]\n---\n",
         port.port()
