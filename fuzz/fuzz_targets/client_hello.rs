@@ -1,21 +1,12 @@
-//! The first bytes of a connection. The modules are taken as they are, which spares this build wasmtime.
+//! The first bytes of a connection. The module is taken as it is, which spares this build wasmtime.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 
-#[allow(dead_code, reason = "only the reading of bytes is wanted of it")]
-#[path = "../../proxy-host/src/listener/plan.rs"]
-mod plan;
 #[path = "../../proxy-host/src/listener/sniff.rs"]
 mod sniff;
 
-/// Where `sniff` looks for the plan.
-mod listener {
-    pub(crate) use crate::plan;
-}
-
-use plan::Inspection;
-use sniff::{LIMIT, Sniffed, sniff};
+use sniff::{Inspection, LIMIT, Sniffed, sniff};
 
 fuzz_target!(|data: &[u8]| {
     for (tls, http) in [(true, true), (true, false), (false, true), (false, false)] {

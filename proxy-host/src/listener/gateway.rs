@@ -15,10 +15,10 @@ use tokio::{net::TcpStream, task::AbortHandle};
 
 use super::{
     Kind, Open, canonical, http, inspect, is_http2,
-    plan::{Inspection, PlanError},
+    plan::PlanError,
     read_until,
     rewind::Rewind,
-    sniff::Sniffed,
+    sniff::{Inspection, Sniffed},
     tcp,
     termination::Settings,
 };

@@ -34,9 +34,8 @@ use crate::{
     stats::{self, DownstreamOpen},
     worker::{Opened, Worker},
 };
-use plan::Inspection;
 use rewind::Rewind;
-use sniff::Sniffed;
+use sniff::{Inspection, Sniffed};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;

@@ -9,16 +9,7 @@ use ipnet::IpNet;
 use portolan_proto::v1;
 use serde::Serialize;
 
-use super::gateway::GatewayListener;
-
-/// Which first bytes a listener reads.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Inspection {
-    /// Read a TLS `ClientHello` for its server name.
-    pub tls: bool,
-    /// Tell plain-text HTTP/1.1 and HTTP/2 from other bytes.
-    pub http: bool,
-}
+use super::{gateway::GatewayListener, sniff::Inspection};
 
 /// What the plan says of one destination.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -3,13 +3,22 @@
 //! Everything here reads bytes that a stranger chose. It never reads past what it was given, needs no more than
 //! [`LIMIT`] bytes, and gives the same answer however the bytes were cut.
 
-use crate::listener::plan::Inspection;
+use serde::Serialize;
 
 /// Bytes of a connection that are looked at before it counts as neither TLS nor HTTP (Envoy's own limit for a hello).
 pub const LIMIT: usize = 16 * 1024;
 
 /// The client's preface of HTTP/2 by prior knowledge (RFC 9113, 3.4).
 pub const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Which first bytes a listener reads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Inspection {
+    /// Read a TLS `ClientHello` for its server name.
+    pub tls: bool,
+    /// Tell plain-text HTTP/1.1 and HTTP/2 from other bytes.
+    pub http: bool,
+}
 
 /// What a connection turned out to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
