@@ -66,8 +66,9 @@ async fn serve(mut app: App, signals: &mut Signals, begun: Instant) -> Result<()
         }
     }
     tell_systemd(NotifyState::Stopping);
-    logging::announce("ending: no new connections are taken, and those that are open may end");
+    // What is announced is true by then: whoever reads the line may ask the admin port.
     app.drain();
+    logging::announce("ending: no new connections are taken, and those that are open may end");
     tokio::select! {
         () = app.drained() => {}
         () = signals.end() => logging::announce("ending at once"),
