@@ -162,7 +162,8 @@ fn files_change_and_are_read_again_without_a_dropped_request() {
     program.line("no longer:");
     assert!(!get(admin, "/metrics").contains(refused));
     assert_eq!(load.end(), Vec::<String>::new());
-    until(admin, "/metrics", "portolan_config_reloads_total{result=\"with_errors\"} 1\n");
+    // The last SIGHUP may have been late enough to meet the broken file as well.
+    until(admin, "/metrics", "portolan_config_reloads_total{result=\"with_errors\"} ");
 }
 
 #[test]
