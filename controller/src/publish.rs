@@ -101,7 +101,11 @@ enum Command {
     Subscribe(Box<Scope>, oneshot::Sender<watch::Receiver<Arc<Published>>>),
     Clusters { scope: Box<Scope>, names: Vec<String>, since: Option<u64>, answer: oneshot::Sender<Clusters> },
     Overview(oneshot::Sender<Overview>),
+    Addresses(oneshot::Sender<Addresses>),
 }
+
+/// Addresses and hosts that the status of each ServiceEntry should have.
+pub type Addresses = HashMap<ObjectKey, Vec<(String, String)>>;
 
 /// What the engine holds, for people.
 #[derive(Debug, Clone, Default)]
@@ -186,11 +190,24 @@ impl Publisher {
         self.ask(Command::Overview).await
     }
 
+    /// Says which addresses the status of every ServiceEntry should have; from then on, addresses are allocated.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn addresses(&self) -> Result<Addresses, Ended> {
+        self.ask(Command::Addresses).await
+    }
+
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Ended> {
         let (answer, reply) = oneshot::channel();
         self.commands.send(command(answer)).map_err(|_| Ended)?;
         reply.await.map_err(|_| Ended)
     }
+}
+
+fn status_addresses(object: &Object) -> Option<(ObjectKey, Vec<(String, String)>)> {
+    let Object::ServiceEntry(entry) = object else { return None };
+    Some((object.key(), entry.status_addresses.clone()))
 }
 
 struct Engine {
@@ -241,6 +258,10 @@ impl Engine {
                 let _ = answer.send(clusters.map(|n| (n.clone(), state.compiler.cluster(&n))).collect());
             }
             Command::Overview(answer) => drop(answer.send(self.overview())),
+            Command::Addresses(answer) => {
+                self.capture();
+                let _ = answer.send(self.objects.values().filter_map(status_addresses).collect());
+            }
         }
     }
 

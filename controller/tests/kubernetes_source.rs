@@ -11,10 +11,12 @@ use fake_api::FakeApi;
 use portolan_controller::embed::Controller;
 use portolan_controller::model::{Kind, Scope};
 use portolan_controller::publish::Published;
+use portolan_controller::status;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 const LONG: Duration = Duration::from_secs(20);
@@ -207,4 +209,77 @@ async fn an_older_version_of_istios_resources_is_found() {
     let controller = started(&api).await;
     assert_eq!(objects(&controller).await, BTreeMap::from([(Kind::ServiceEntry, 1)]));
     assert_eq!(controller.cluster().unwrap().status.unwatched(), ["Sidecar"]);
+}
+
+/// Writes status as the leader does.
+fn leading(api: &FakeApi, controller: &Controller) -> (watch::Sender<bool>, JoinHandle<()>) {
+    let (leads, leader) = watch::channel(true);
+    let cluster = controller.cluster().unwrap();
+    let (resources, findings) = (cluster.resources.clone(), cluster.findings.clone());
+    let write = status::write(api.client(), controller.publisher().clone(), resources, findings, leader);
+    (leads, tokio::spawn(write))
+}
+
+fn addresses(api: &FakeApi, name: &str) -> Vec<String> {
+    let entry = api.get("serviceentries", "default", name);
+    let list = entry["status"]["addresses"].as_array().cloned().unwrap_or_default();
+    list.iter().map(|item| format!("{} {}", item["value"].as_str().unwrap(), item["host"].as_str().unwrap())).collect()
+}
+
+async fn allocated(api: &FakeApi, name: &str) -> Vec<String> {
+    let written = async {
+        while addresses(api, name).is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LONG, written).await.expect("addresses in the status");
+    addresses(api, name)
+}
+
+#[tokio::test]
+async fn the_leader_writes_allocated_addresses_once() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    put(&api, "b", "b.example.com");
+    let mut refused = entry("c.example.com");
+    refused["metadata"]["labels"] = json!({ "networking.istio.io/enable-autoallocate-ip": "False" });
+    api.put("serviceentries", "default", "refused", refused);
+    let mut others = entry("d.example.com");
+    others["status"]["addresses"] = json!([{ "value": "240.240.3.3", "host": "d.example.com" }]);
+    api.put("serviceentries", "default", "others", others);
+    let first = started(&api).await;
+    let (leads, writer) = leading(&api, &first);
+    let of_a = allocated(&api, "a").await;
+    let of_b = allocated(&api, "b").await;
+    assert!(of_a[0].starts_with("240.240.") && of_a[0].ends_with(" a.example.com"), "{of_a:?}");
+    assert!(of_a.len() == 2 && of_a[1].starts_with("2001:2:"), "{of_a:?}");
+    assert_eq!(addresses(&api, "others"), ["240.240.3.3 d.example.com"], "another controller's stay");
+    // Others come and go, the controller starts again, and nobody is written to twice.
+    put(&api, "e", "e.example.com");
+    allocated(&api, "e").await;
+    drop((leads, first));
+    timeout(LONG, writer).await.expect("the writer ends with who leads").unwrap();
+    api.delete("serviceentries", "default", "b");
+    let again = started(&api).await;
+    let (_leads, _writer) = leading(&api, &again);
+    put(&api, "f", "f.example.com");
+    allocated(&api, "f").await;
+    assert_eq!(addresses(&api, "a"), of_a);
+    let mut written = api.written();
+    written.sort();
+    let once = |name: &str| (name.to_owned(), "portolan-addresses".to_owned());
+    assert_eq!(written, ["a", "b", "e", "f"].map(once));
+    // Another entry of the host shares them; one that is no longer entitled has none.
+    put(&api, "b2", "b.example.com");
+    assert_eq!(allocated(&api, "b2").await, of_b);
+    let mut own = entry("a.example.com");
+    own["spec"]["addresses"] = json!(["10.0.0.1"]);
+    own["status"] = api.get("serviceentries", "default", "a")["status"].clone();
+    api.put("serviceentries", "default", "a", own);
+    let gone = async {
+        while !addresses(&api, "a").is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LONG, gone).await.expect("no addresses where they have no effect");
 }

@@ -85,8 +85,8 @@ pub struct Serve {
     /// Answer an API server's validating admission webhook here, at /validate, over TLS; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", requires = "kubernetes")]
     webhook: Option<SocketAddr>,
-    /// Write into `status` what is wrong with resources and which others are in their way; of several controllers one
-    /// does, who holds the Lease
+    /// Write into `status` what is wrong with resources, which others are in their way, and the addresses allocated to
+    /// ServiceEntries without any; of several controllers one does, who holds the Lease
     #[arg(long, requires = "kubernetes")]
     write_status: bool,
     /// The Lease by which one controller is chosen
@@ -267,7 +267,7 @@ fn lease_name(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// The tasks that write conditions.
+/// The tasks that write status.
 struct Writing {
     writer: JoinHandle<()>,
     election: JoinHandle<()>,
@@ -295,7 +295,8 @@ fn write_status(
     let identity = format!("{}_{}", host.trim(), std::process::id());
     let (leads, election) = lease::follow(client.clone(), lease::Candidate { namespace, name, identity });
     let (resources, findings) = (cluster.resources.clone(), cluster.findings.clone());
-    Some(Writing { writer: tokio::spawn(status::write(client.clone(), resources, findings, leads)), election })
+    let writer = status::write(client.clone(), controller.publisher().clone(), resources, findings, leads);
+    Some(Writing { writer: tokio::spawn(writer), election })
 }
 
 async fn bind(address: SocketAddr, argument: &str) -> anyhow::Result<TcpListener> {

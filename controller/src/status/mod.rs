@@ -1,4 +1,5 @@
-//! What a controller tells those who wrote the resources: conditions in `status`, written by one of several controllers.
+//! What a controller tells those who wrote the resources: conditions and allocated addresses in `status`,
+//! written by one of several controllers.
 
 pub mod conditions;
 pub mod lease;

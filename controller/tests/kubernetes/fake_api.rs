@@ -1,4 +1,4 @@
-//! As much of a Kubernetes API server as lists and watches need, in this process.
+//! As much of a Kubernetes API server as lists, watches and applied status need, in this process.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
-use axum::http::{StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -31,6 +31,8 @@ struct Held {
     down: bool,
     /// Lists that were answered, by plural.
     lists: HashMap<String, usize>,
+    /// Names of resources whose status was written, in order, with the field manager.
+    written: Vec<(String, String)>,
 }
 
 /// A running server.
@@ -123,6 +125,35 @@ impl FakeApi {
         self.change(|held| held.down = down);
     }
 
+    /// A resource as it is now.
+    pub fn get(&self, plural: &str, namespace: &str, name: &str) -> Value {
+        self.held().objects.get(&(plural.into(), namespace.into(), name.into())).cloned().unwrap_or_default()
+    }
+
+    /// Whose status was written, in order, and by which field manager.
+    pub fn written(&self) -> Vec<(String, String)> {
+        self.held().written.clone()
+    }
+
+    /// Applies a status: what it has replaces what was there by that name.
+    fn apply_status(&self, path: &str, manager: &str, patch: &Value) -> Response {
+        let parts: Vec<&str> = path.rsplit('/').collect();
+        let [_, name, plural, namespace, ..] = parts[..] else { return refused(404, "NotFound") };
+        let mut value = self.get(plural, namespace, name);
+        let Some(status) = patch["status"].as_object().filter(|_| value.is_object()) else {
+            return refused(404, "NotFound");
+        };
+        if value["metadata"]["resourceVersion"] != patch["metadata"]["resourceVersion"] {
+            return refused(409, "Conflict");
+        }
+        for (field, now) in status {
+            value["status"][field] = now.clone();
+        }
+        self.held().written.push((name.to_owned(), manager.to_owned()));
+        self.put(plural, namespace, name, value);
+        axum::Json(self.get(plural, namespace, name)).into_response()
+    }
+
     pub fn lists(&self, plural: &str) -> usize {
         self.held().lists.get(plural).copied().unwrap_or_default()
     }
@@ -137,9 +168,13 @@ fn refused(code: u16, reason: &str) -> Response {
     (StatusCode::from_u16(code).unwrap(), axum::Json(refusal(code, reason))).into_response()
 }
 
-async fn answer(State(api): State<FakeApi>, uri: Uri) -> Response {
+async fn answer(State(api): State<FakeApi>, method: Method, uri: Uri, body: Bytes) -> Response {
     let query = uri.query().unwrap_or_default().split('&').filter_map(|part| part.split_once('='));
     let query: HashMap<&str, &str> = query.collect();
+    if method == Method::PATCH {
+        let manager = query.get("fieldManager").copied().unwrap_or_default();
+        return api.apply_status(uri.path(), manager, &serde_json::from_slice(&body).unwrap());
+    }
     let plural = uri.path().rsplit('/').next().unwrap().to_owned();
     let mut changed = api.changed.subscribe();
     loop {

@@ -11,7 +11,7 @@ use crate::model::{Change, Kind, Object, ObjectKey};
 use crate::source::read::{self, Outcome};
 use crate::source::yaml::Review;
 use crate::validate::conflict::Placed;
-use crate::validate::finding::Finding;
+use crate::validate::finding::{Finding, Severity};
 
 /// What findings have for a file.
 pub const PLACE: &str = "kubernetes";
@@ -36,11 +36,15 @@ pub struct Known {
     pub resource_version: String,
     /// `status.conditions` as they are.
     pub conditions: Vec<Value>,
+    /// `status.addresses` as they are: address and host.
+    pub addresses: Vec<(String, String)>,
 }
 
 impl Known {
     fn of(version: &'static str, value: &Value) -> Self {
-        let conditions = value.pointer("/status/conditions").and_then(Value::as_array);
+        let list = |of: &str| value.pointer(of).and_then(Value::as_array);
+        let text = |item: &Value, field: &str| item[field].as_str().unwrap_or_default().to_owned();
+        let addresses = list("/status/addresses").into_iter().flatten();
         Known {
             version,
             resource_version: value
@@ -48,7 +52,8 @@ impl Known {
                 .and_then(Value::as_str)
                 .unwrap_or_default()
                 .into(),
-            conditions: conditions.cloned().unwrap_or_default(),
+            conditions: list("/status/conditions").cloned().unwrap_or_default(),
+            addresses: addresses.map(|item| (text(item, "value"), text(item, "host"))).collect(),
         }
     }
 }
@@ -202,6 +207,12 @@ impl Store {
     /// Resources whose status may be written.
     pub fn known(&self) -> impl Iterator<Item = (&ObjectKey, &Known)> {
         self.known.iter()
+    }
+
+    /// Whether the version of a resource that is in the cluster was refused, or is not known.
+    pub fn refused(&self, key: &ObjectKey) -> bool {
+        let errors = |findings: &Vec<Finding>| findings.iter().any(|finding| finding.severity == Severity::Error);
+        !self.objects.contains_key(key) || self.findings.get(key).is_some_and(errors)
     }
 
     /// The resources that can be in each other's way.
