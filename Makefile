@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-kubernetes lint check-wasm fuzz-smoke bench gen ci
+.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-istio test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
 # tests/conformance/select_cases.py names.
@@ -24,7 +24,7 @@ oci: wasm  ## filter.wasm as an OCI image layout in target/oci, for Istio's Wasm
 	@rm -rf target/oci
 	@deploy/wasm-image.py target/filter/wasm32-wasip1/wasm/portolan_filter.wasm target/oci
 
-test: lint check-wasm test-unit conformance test-envoy test-kubernetes fuzz-smoke  ## all of these
+test: lint check-wasm test-unit test-istio conformance test-envoy test-kubernetes fuzz-smoke  ## all of these
 	@echo "make test: all passed"
 
 test-unit: build  ## cargo test of every crate
@@ -39,6 +39,9 @@ conformance: build  ## recorded answers, our differences and the examples, throu
 
 test-envoy: build  ## a real Envoy, and proxy-host, while things change or fail; the quick start (root)
 	tests/envoy/run.sh
+
+test-istio:  ## what istiod makes of deploy/istio leaves no way around the filter (recorded; gen-istio records anew)
+	tests/istio/check.py
 
 test-kubernetes: build  ## a real API server and etcd (needs Go once, to build them); the chart with helm
 	tests/kubernetes/run.sh
@@ -60,6 +63,9 @@ bench:  ## the numbers in bench/RESULTS.md
 
 gen:  ## generated protobuf code, written anew
 	UPDATE=1 cargo test -p portolan-proto
+
+gen-istio:  ## tests/istio/golden, by istiod's own generator (needs Go; its first build takes minutes)
+	tests/istio/generate.sh
 
 ci:  ## what .ci/run does: nothing may be skipped
 	CI=true $(MAKE) test

@@ -63,7 +63,8 @@ def controller():
 
 
 def patch(apply_to, context, operation, value, **match):
-    return {"applyTo": apply_to, "match": {"context": context, **match}, "patch": {"operation": operation, "value": value}}
+    change = {"operation": operation} if value is None else {"operation": operation, "value": value}
+    return {"applyTo": apply_to, "match": {"context": context, **match}, "patch": change}
 
 
 HCM = "envoy.filters.network.http_connection_manager"
@@ -90,6 +91,18 @@ def tcp(context):
         "on_demand": {"odcds_config": on_stream(), "timeout": "2s"}}}
     return [patch("NETWORK_FILTER", context, "INSERT_BEFORE", discovered("network", "portolan_tcp"), **TCP_PROXY),
             patch("NETWORK_FILTER", context, "MERGE", proxy, **TCP_PROXY)]
+
+
+def closed():
+    """What was sent to the proxy's own port istiod ends; the filter could send it round in circles."""
+    chain = {"name": "virtualOutbound-blackhole", "filter": {"name": "portolan-tcp"}}
+    return [patch("NETWORK_FILTER", "SIDECAR_OUTBOUND", "REMOVE", None, listener={"name": "virtualOutbound", "filterChain": chain})]
+
+
+def unknown():
+    """Hosts that istiod does not know: in place of what its outbound traffic policy makes of them."""
+    return [patch("HTTP_ROUTE", "SIDECAR_OUTBOUND", "MERGE", BY_HEADER, routeConfiguration={"vhost": {"name": name}})
+            for name in ("allow_any", "block_all")]
 
 
 def sniffed():
@@ -121,10 +134,9 @@ def envoy_filter(head, name, patches, **spec):
 
 def files():
     sidecar = "SIDECAR_OUTBOUND"
-    unknown = patch("HTTP_ROUTE", sidecar, "MERGE", BY_HEADER, routeConfiguration={"vhost": {"name": "allow_any"}})
     return {
         "sidecars.yaml": envoy_filter("Sidecars: what the filter says becomes where the connection goes.", "portolan",
-                                      common(sidecar) + [unknown] + sniffed() + tcp(sidecar)),
+                                      common(sidecar) + unknown() + sniffed() + tcp(sidecar) + closed()),
         "gateways.yaml": envoy_filter("Egress gateways: what their routes leave open is decided by the filter.", "portolan-gateway",
                                       common("GATEWAY") + tcp("GATEWAY"), workloadSelector={"labels": {"istio": "egressgateway"}}),
     }
