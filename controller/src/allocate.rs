@@ -138,8 +138,7 @@ impl Allocator {
         new: &mut New,
         moved: &mut BTreeSet<Key>,
     ) {
-        let mut entries: Vec<&Arc<ServiceEntry>> =
-            entries.filter(|entry| !entry.status_addresses.is_empty()).collect();
+        let mut entries: Vec<&Arc<ServiceEntry>> = entries.filter(|entry| !entry.status_addresses.is_empty()).collect();
         entries.sort_by_key(|entry| (entry.meta.created, &entry.meta.namespace, &entry.meta.name));
         for entry in entries {
             let of = Object::ServiceEntry(Arc::clone(entry)).key();
@@ -243,9 +242,8 @@ impl Allocator {
     /// Addresses and hosts as the entry's status should have them: as it has them, where nothing speaks against it.
     fn status(&self, entry: &ServiceEntry) -> Vec<(String, String)> {
         let hosts = hosts(entry);
-        let good = |key: &Key, address: &IpAddr| {
-            self.taken.get(address) == Some(key) && !self.declared.contains_key(address)
-        };
+        let good =
+            |key: &Key, address: &IpAddr| self.taken.get(address) == Some(key) && !self.declared.contains_key(address);
         let all_good = entry.status_addresses.iter().all(|(address, host)| {
             let key = key(entry, host);
             hosts.contains(&key) && address.parse().is_ok_and(|address| good(&key, &address))

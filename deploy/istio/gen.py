@@ -129,7 +129,7 @@ def envoy_filter(head, name, patches, **spec):
     text = yaml.safe_dump({"apiVersion": "networking.istio.io/v1alpha3", "kind": "EnvoyFilter",
                            "metadata": {"name": name, "namespace": "istio-system"},
                            "spec": {**spec, "configPatches": patches}}, sort_keys=False, width=110, default_flow_style=False)
-    return f"# {head}\n# Written by gen.py.\n{text}"
+    return f"---\n# {head}\n# Written by gen.py.\n{text}"
 
 
 def files():

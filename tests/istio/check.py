@@ -135,6 +135,8 @@ def main():
     unused = {path.name for path in DEPLOY.glob("*.yaml")} - used
     if unused:
         wrong.append(f"in no mesh: {sorted(unused)}")
+    # So that several of them in one pipe are several documents.
+    wrong += [f"{path.name} does not begin with ---" for path in DEPLOY.glob("*.yaml") if not path.read_text().startswith("---\n")]
     for name in names:
         path = HERE / f"golden/{name}.json"
         if not path.exists():

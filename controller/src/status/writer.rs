@@ -89,8 +89,12 @@ fn pending(resources: &Shared, wanted: &BTreeMap<Name, Vec<Condition>>, addresse
         // Of an entry that was refused nothing is known, or what is known is not of this version.
         let judged = key.kind == Kind::ServiceEntry && !store.refused(key);
         let addresses = addresses.get(key).filter(|addresses| judged && **addresses != known.addresses).cloned();
-        (conditions.is_some() || addresses.is_some())
-            .then(|| Due { key: key.clone(), known: known.clone(), conditions, addresses })
+        (conditions.is_some() || addresses.is_some()).then(|| Due {
+            key: key.clone(),
+            known: known.clone(),
+            conditions,
+            addresses,
+        })
     };
     store.known().filter_map(due).collect()
 }
