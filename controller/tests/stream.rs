@@ -50,11 +50,15 @@ struct Subscriber {
 
 impl Subscriber {
     async fn new(controller: &Controller, snapshot: Snapshot) -> Self {
+        Self::with_window(controller, snapshot, 0).await
+    }
+
+    async fn with_window(controller: &Controller, snapshot: Snapshot, window: u32) -> Self {
         let (say, requests) = mpsc::unbounded_channel();
         let scope = v1::Scope { namespace: "default".into(), ips: vec!["1.1.1.1".into()], ..v1::Scope::default() };
         let format = u32::from(FORMAT);
         let held = if snapshot.is_empty() { Vec::new() } else { snapshot.held() };
-        let subscribe = Subscribe { scope: Some(scope), subscriber: "test".into(), format, held, version: 0 };
+        let subscribe = Subscribe { scope: Some(scope), subscriber: "test".into(), format, held, window, version: 0 };
         say.send(WatchRequest { message: Some(Say::Subscribe(subscribe)) }).unwrap();
         let mut client = RegistryClient::new(channel(controller).await);
         let hear = client.watch(UnboundedReceiverStream::new(requests)).await.unwrap().into_inner();
@@ -117,6 +121,36 @@ async fn snapshot_then_changes() {
     let (_, bytes, pages) = subscriber.update().await;
     println!("one entry that goes: {bytes} bytes in {pages} pages");
     assert!(bytes <= 4096, "{bytes} bytes");
+}
+
+#[tokio::test]
+async fn only_so_many_parts_are_on_their_way_as_the_subscriber_wants() {
+    let controller = controller(many(3000)).await;
+    let mut subscriber = Subscriber::with_window(&controller, Snapshot::new(), 2).await;
+    let (mut last, mut version) = (false, 0);
+    while !last {
+        // The second has come without a word, and a third has not.
+        for _ in 0..2 {
+            let part = subscriber.hear.message().await.unwrap().unwrap();
+            (last, version) = (part.last, part.version);
+            for page in part.pages {
+                subscriber.snapshot.stage(page.id, page.data).unwrap();
+            }
+            if last {
+                subscriber.snapshot.commit(part.digest).unwrap();
+                break;
+            }
+        }
+        let more = tokio::time::timeout(std::time::Duration::from_millis(5), subscriber.hear.message()).await;
+        assert!(more.is_err(), "{more:?}");
+        for _ in 0..2 {
+            let taken = v1::Taken { version };
+            subscriber.say.send(WatchRequest { message: Some(Say::Taken(taken)) }).unwrap();
+        }
+    }
+    subscriber.ack(version);
+    controller.apply(one_more("e7", "changed.example.com")).await.unwrap();
+    assert!(subscriber.update().await.0 > version);
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@
 //! * Time is counted in the ticks that were asked for; no clock is read. An idle subscription asks for none.
 
 use portolan_proto::v1::watch_request::Message as Outgoing;
-use portolan_proto::v1::{Ack, Nack, Scope, Subscribe, WatchRequest, WatchResponse};
+use portolan_proto::v1::{Ack, Nack, Scope, Subscribe, Taken, WatchRequest, WatchResponse};
 use portolan_registry::snapshot::{FORMAT, Snapshot};
 use prost::Message;
 
@@ -21,6 +21,9 @@ pub const BACKOFF_MAX: u32 = 30_000;
 pub const ANSWER_LIMIT: u32 = 30_000;
 /// Longest message that is read, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
+/// Parts of an update that may be on their way at a time. A host reads all that has come before it turns to anything else,
+/// so this bounds what an update keeps requests waiting; with two, one travels while the other is taken in.
+pub const WINDOW: u32 = 2;
 /// What a replaced snapshot took is freed in steps of this many chunks, one step in each period.
 const RETIRE_STEP: usize = 4;
 const RETIRE_PERIOD: u32 = 10;
@@ -176,6 +179,7 @@ impl Subscription {
             format: u32::from(FORMAT),
             held: if self.from_nothing { Vec::new() } else { self.snapshot.held() },
             version: if self.from_nothing { 0 } else { self.version },
+            window: WINDOW,
         }));
         self.finish()
     }
@@ -233,6 +237,8 @@ impl Subscription {
             Update::Skipping(version) if version == part.version => {
                 if part.last {
                     self.update = Update::None;
+                } else {
+                    self.send(Outgoing::Taken(Taken { version }));
                 }
                 return;
             }
@@ -267,6 +273,8 @@ impl Subscription {
                 Ok(()) => self.accept(part.version),
                 Err(error) => self.refuse(part.version, true, &error.to_string()),
             }
+        } else {
+            self.send(Outgoing::Taken(Taken { version: part.version }));
         }
     }
 
@@ -277,7 +285,7 @@ impl Subscription {
         self.update = Update::None;
         self.failures = 0;
         self.refusals = 0;
-        self.retiring = true;
+        self.retiring = self.snapshot.is_retiring();
         self.link = Link::Up { owed: None };
         self.send(Outgoing::Ack(Ack { version }));
         self.actions.push(Action::Count(Count::Update));
@@ -287,6 +295,7 @@ impl Subscription {
 
     fn refuse(&mut self, version: u64, last: bool, reason: &str) {
         self.snapshot.abandon();
+        self.retiring = self.snapshot.is_retiring();
         self.fresh = false;
         // What follows a refusal is the whole state, whatever was in force.
         self.from_nothing = true;
@@ -318,6 +327,7 @@ impl Subscription {
 
     fn lose(&mut self) {
         self.snapshot.abandon();
+        self.retiring = self.snapshot.is_retiring();
         self.update = Update::None;
         self.fresh = false;
     }

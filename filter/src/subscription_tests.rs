@@ -101,6 +101,22 @@ fn subscribes_with_nothing_then_takes_an_update_whole() {
 }
 
 #[test]
+fn each_part_but_the_last_is_said_to_be_taken() {
+    let (mut subscription, subscribe) = open();
+    assert_eq!(subscribe.window, WINDOW);
+    let mut writer = writer(&rows(CatchAll::Block));
+    let part = WatchResponse { version: 5, ..Default::default() };
+    let taken = [Outgoing::Taken(Taken { version: 5 })];
+    assert_eq!(sent(&feed(&mut subscription, &[part.clone(), part.clone()])), [taken.clone(), taken.clone()].concat());
+    assert_eq!(sent(&feed(&mut subscription, &whole(&writer, 5))), [Outgoing::Ack(Ack { version: 5 })]);
+    // What is ignored after a refusal is taken too, or the controller would keep the rest to itself.
+    let broken = WatchResponse { version: 5, pages: vec![Page { id: 1, data: vec![1; 9] }], ..Default::default() };
+    refusal(&feed(&mut subscription, &[broken]));
+    assert_eq!(sent(&feed(&mut subscription, &[part])), taken);
+    assert_eq!(sent(&feed(&mut subscription, &[change(&mut writer, 5)])), []);
+}
+
+#[test]
 fn an_idle_subscription_asks_for_no_ticks() {
     let (mut subscription, _) = fresh();
     settle(&mut subscription);

@@ -93,9 +93,12 @@ impl Blocks {
         block.get(8..8 + len as usize)
     }
 
-    /// Frees up to `n` chunks of what nobody reads any more. True: there are more.
-    pub(crate) fn shrink(&mut self, n: usize) -> bool {
+    /// Frees up to `n` chunks of what nobody reads any more.
+    pub(crate) fn shrink(&mut self, n: usize) {
         self.chunks.truncate(self.chunks.len().saturating_sub(n));
-        !self.chunks.is_empty()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
     }
 }

@@ -1,7 +1,8 @@
 //! A compiled snapshot, read in place: pages as they came off the wire, and a table that finds the page of a hash.
 //!
 //! An update is staged page by page and takes effect as a whole or not at all. Its cost follows the pages that changed,
-//! so a worker is never held up by the size of the registry.
+//! so a worker is never held up by the size of the registry. A small update changes the table when it takes effect; a
+//! large one has a table of its own, which each page enters as it comes, so that the end is an exchange of the tables.
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,11 @@ const DEEP: u32 = u32::MAX - 1;
 /// The table is made deeper when there is more than one deep page for so many of its entries. Pages are of nearly one
 /// depth; a table as deep as the deepest of them would be many times as large.
 const SHARE: usize = 32;
+
+/// An update of more pages than this has a table of its own.
+const LARGE: usize = 128;
+/// Pages no longer needed are freed so many at a time, with each piece of a replaced snapshot.
+const FREED: usize = 256;
 
 /// A page on its way in or out: its bytes lie in their place, and the table does not show it.
 #[derive(Debug)]
@@ -53,12 +59,11 @@ impl Entry {
     }
 }
 
-/// Pages of one snapshot and the table over them.
-#[derive(Debug, Default)]
-struct Pages {
-    blocks: Blocks,
+/// The table over the pages of one snapshot.
+#[derive(Debug, Default, Clone)]
+struct Table {
     /// For each value of the first `depth` bits of a hash.
-    table: Vec<Entry>,
+    entries: Vec<Entry>,
     depth: u32,
     /// Pages deeper than the table, by the first place they cover: where in `blocks`.
     deep: BTreeMap<u32, (u32, u32)>,
@@ -75,7 +80,7 @@ fn places(id: u32) -> (u32, u32) {
     ((id - (1 << depth)) * width, width)
 }
 
-impl Pages {
+impl Table {
     /// The entries of the table that a page fills, if it is not deeper.
     fn range(&self, id: u32) -> Option<std::ops::Range<usize>> {
         let width = 1usize << self.depth.checked_sub(id.ilog2())?;
@@ -85,18 +90,18 @@ impl Pages {
 
     /// The entry of the table above a deep page.
     fn above(&mut self, start: u32) -> Option<&mut Entry> {
-        self.table.get_mut((start >> (MAX_DEPTH - self.depth)) as usize)
+        self.entries.get_mut((start >> (MAX_DEPTH - self.depth)) as usize)
     }
 
-    fn deepen(&mut self) {
+    fn deepen(&mut self, blocks: &Blocks) {
         let halves = |entry: &Entry| if *entry == Entry::DEEP { [Entry::NONE; 2] } else { [*entry; 2] };
-        self.table = self.table.iter().flat_map(halves).collect();
+        self.entries = self.entries.iter().flat_map(halves).collect();
         self.depth += 1;
         let depth = self.depth;
         let deep = std::mem::take(&mut self.deep);
         for (start, (id, at)) in deep {
             let fits = id.ilog2() == depth;
-            let entry = if fits { Entry::new(at, self.blocks.page(at).unwrap_or_default()) } else { Entry::DEEP };
+            let entry = if fits { Entry::new(at, blocks.page(at).unwrap_or_default()) } else { Entry::DEEP };
             if let Some(place) = self.above(start) {
                 *place = entry;
             }
@@ -106,33 +111,26 @@ impl Pages {
         }
     }
 
-    /// Gives a page its place.
-    fn put(&mut self, id: u32, digest: u64, bytes: &[u8]) -> Staged {
-        Staged { id, digest, entry: Entry::new(self.blocks.put(id, bytes), bytes) }
-    }
-
-    fn free(&mut self, page: &Staged) {
-        self.blocks.free(page.entry.at);
-    }
-
     /// Takes a page out of the table.
-    fn unlink(&mut self, id: u32) -> Option<Staged> {
+    fn unlink(&mut self, blocks: &Blocks, id: u32) -> Option<Staged> {
         if id == 0 || id.ilog2() > MAX_DEPTH {
             return None;
         }
         let (start, width) = places(id);
         let range = self.range(id);
-        let at = match &range {
-            Some(range) => self.table.get(range.start)?.at,
-            None => self.deep.get(&start).filter(|(deep, _)| *deep == id)?.1,
+        let entry = match &range {
+            Some(range) => *self.entries.get(range.start)?,
+            None => {
+                let (_, at) = *self.deep.get(&start).filter(|(deep, _)| *deep == id)?;
+                Entry::new(at, blocks.page(at)?)
+            }
         };
-        if self.blocks.id(at)? != id {
+        if blocks.id(entry.at)? != id {
             return None;
         }
-        let page = self.blocks.page(at)?;
-        let (digest, entry) = (page::stated(page), Entry::new(at, page));
+        let digest = page::stated(blocks.page(entry.at)?);
         if let Some(range) = range {
-            self.table.get_mut(range)?.fill(Entry::NONE);
+            self.entries.get_mut(range)?.fill(Entry::NONE);
         } else {
             self.deep.remove(&start);
             let shift = MAX_DEPTH - self.depth;
@@ -148,16 +146,16 @@ impl Pages {
     }
 
     /// Has the table show a page.
-    fn link(&mut self, page: &Staged) -> Result<(), FormatError> {
+    fn link(&mut self, blocks: &Blocks, page: &Staged) -> Result<(), FormatError> {
         let id = page.id;
         let overlap = FormatError::Cover { id };
-        if self.table.is_empty() {
-            self.table = vec![Entry::NONE];
+        if self.entries.is_empty() {
+            self.entries = vec![Entry::NONE];
         }
         let (start, width) = places(id);
         match self.range(id) {
             Some(range) => {
-                let entries = self.table.get_mut(range).ok_or(overlap.clone())?;
+                let entries = self.entries.get_mut(range).ok_or(overlap.clone())?;
                 if entries.iter().any(|e| e.at != NONE) {
                     return Err(overlap);
                 }
@@ -175,8 +173,8 @@ impl Pages {
                 }
                 *entry = Entry::DEEP;
                 self.deep.insert(start, (id, page.entry.at));
-                if self.deep.len() > self.table.len() / SHARE {
-                    self.deepen();
+                if self.deep.len() > self.entries.len() / SHARE {
+                    self.deepen(blocks);
                 }
             }
         }
@@ -188,8 +186,8 @@ impl Pages {
 
     /// The page that holds a key of this hash, if any does.
     #[inline]
-    fn page(&self, hash: u64) -> Option<&[u8]> {
-        let entry = self.table.get(hash.checked_shr(64 - self.depth).unwrap_or(0) as usize)?;
+    fn page<'p>(&self, blocks: &'p Blocks, hash: u64) -> Option<&'p [u8]> {
+        let entry = self.entries.get(hash.checked_shr(64 - self.depth).unwrap_or(0) as usize)?;
         if !entry.may_hold(hash) {
             return None;
         }
@@ -197,16 +195,16 @@ impl Pages {
             DEEP => {
                 let start = (hash >> (64 - MAX_DEPTH)) as u32;
                 let (_, (_, at)) = self.deep.range(..=start).next_back()?;
-                self.blocks.page(*at)
+                blocks.page(*at)
             }
-            at => self.blocks.page(at),
+            at => blocks.page(at),
         }
     }
 
     /// Where each page is.
     fn places(&self) -> impl Iterator<Item = u32> {
         let mut last = NONE;
-        let shallow = self.table.iter().map(|entry| entry.at).filter(move |at| {
+        let shallow = self.entries.iter().map(|entry| entry.at).filter(move |at| {
             let new = *at != last && *at < DEEP;
             last = *at;
             new
@@ -214,15 +212,108 @@ impl Pages {
         shallow.chain(self.deep.values().map(|(_, at)| *at))
     }
 
+    /// Do the pages cover everything, and are they those of this digest?
     fn complete(&self, expected: u64) -> Result<(), FormatError> {
         if self.covered != 1 << MAX_DEPTH {
-            let at = self.table.iter().position(|e| e.at == NONE).unwrap_or(0);
+            let at = self.entries.iter().position(|e| e.at == NONE).unwrap_or(0);
             return Err(FormatError::Cover { id: (1 << self.depth) + at as u32 });
         }
         if self.digest != expected {
             return Err(FormatError::Digest { got: self.digest, expected });
         }
         Ok(())
+    }
+}
+
+/// Pages of one snapshot and the table over them.
+#[derive(Debug, Default)]
+struct Pages {
+    blocks: Blocks,
+    table: Table,
+}
+
+/// An update to the live pages. Their bytes lie in the live blocks already.
+#[derive(Debug, Default)]
+struct Patch {
+    /// Pages that come, each in place of the one of its id.
+    added: Vec<Staged>,
+    /// Ids of pages that go.
+    dropped: Vec<u32>,
+    /// The table of a large update; what it shows is what there will be.
+    ahead: Option<Table>,
+    /// Where the pages are that `ahead` shows no more.
+    leaving: Vec<u32>,
+}
+
+impl Patch {
+    /// Enters a page into the table of a large update.
+    fn enter(table: &mut Table, leaving: &mut Vec<u32>, blocks: &Blocks, page: &Staged) -> Result<(), FormatError> {
+        leaving.extend(table.unlink(blocks, page.id).map(|old| old.entry.at));
+        table.link(blocks, page)
+    }
+
+    /// A page comes.
+    fn add(&mut self, live: &Pages, page: Staged) -> Result<(), FormatError> {
+        let entered = match &mut self.ahead {
+            Some(table) => Self::enter(table, &mut self.leaving, &live.blocks, &page),
+            None => Ok(()),
+        };
+        self.added.push(page);
+        entered?;
+        self.grown(live)
+    }
+
+    /// A page goes.
+    fn drop(&mut self, live: &Pages, id: u32) -> Result<(), FormatError> {
+        match &mut self.ahead {
+            Some(table) => self.leaving.extend(table.unlink(&live.blocks, id).map(|old| old.entry.at)),
+            None => self.dropped.push(id),
+        }
+        self.grown(live)
+    }
+
+    /// Gives the update a table of its own, when it is large.
+    fn grown(&mut self, live: &Pages) -> Result<(), FormatError> {
+        if self.ahead.is_some() || self.added.len() + self.dropped.len() <= LARGE {
+            return Ok(());
+        }
+        let table = self.ahead.insert(live.table.clone());
+        for id in self.dropped.drain(..) {
+            self.leaving.extend(table.unlink(&live.blocks, id).map(|old| old.entry.at));
+        }
+        let mut pages = self.added.iter();
+        pages.try_for_each(|page| Self::enter(table, &mut self.leaving, &live.blocks, page))
+    }
+
+    /// Puts the update into effect, or leaves what was. Gives where the pages are that are no longer needed.
+    fn apply(self, live: &mut Pages, digest: u64) -> (Vec<u32>, Result<(), FormatError>) {
+        let places = |pages: &[Staged]| pages.iter().map(|page| page.entry.at).collect();
+        if let Some(table) = self.ahead {
+            let complete = table.complete(digest);
+            if complete.is_err() {
+                return (places(&self.added), complete);
+            }
+            live.table = table;
+            return (self.leaving, Ok(()));
+        }
+        let Pages { blocks, table } = live;
+        let leaving = self.dropped.into_iter().chain(self.added.iter().map(|page| page.id));
+        let removed: Vec<Staged> = leaving.filter_map(|id| table.unlink(blocks, id)).collect();
+        let mut linked = 0;
+        let result = self.added.iter().try_for_each(|page| {
+            table.link(blocks, page)?;
+            linked += 1;
+            Ok(())
+        });
+        let result = result.and_then(|()| table.complete(digest));
+        if result.is_ok() {
+            return (places(&removed), result);
+        }
+        for page in self.added.iter().take(linked) {
+            table.unlink(blocks, page.id);
+        }
+        let restored = removed.iter().try_for_each(|page| table.link(blocks, page));
+        (places(&self.added), restored.and(result))
     }
 }
 
@@ -234,10 +325,11 @@ pub struct Snapshot {
     summary: Summary,
     /// A whole new snapshot, built up beside the live one.
     fresh: Option<Pages>,
-    staged: Vec<Staged>,
-    dropped: Vec<u32>,
+    patch: Patch,
     broken: Option<FormatError>,
-    /// A snapshot no longer needed, to be freed a piece at a time.
+    /// Where pages are that are no longer needed, to be freed some at a time.
+    useless: Vec<u32>,
+    /// A snapshot no longer needed, likewise.
     retired: Blocks,
 }
 
@@ -256,25 +348,26 @@ impl Snapshot {
     /// Forgets the staged update.
     pub fn abandon(&mut self) {
         self.fresh = None;
-        for page in std::mem::take(&mut self.staged) {
-            self.live.free(&page);
-        }
-        self.dropped.clear();
+        let patch = std::mem::take(&mut self.patch);
+        self.useless.extend(patch.added.iter().map(|page| page.entry.at));
         self.broken = None;
     }
 
-    /// Checks a page and adds it to the update, in place of the page of this id if there is one. After an error the
-    /// update cannot be committed.
+    /// Checks a page and adds it to the update, in place of the page of this id if there is one. Pages that go with
+    /// [`Snapshot::unstage`] go before any comes. After an error the update cannot be committed.
     pub fn stage(&mut self, id: u32, bytes: Vec<u8>) -> Result<(), FormatError> {
-        let staged = page::check(id, &bytes).and_then(|digest| match &mut self.fresh {
-            Some(pages) => {
-                let page = pages.put(id, digest, &bytes);
-                pages.link(&page)
-            }
-            None => {
-                // What can be done now is not left for the end, when all pages take effect at once.
-                self.staged.push(self.live.put(id, digest, &bytes));
-                Ok(())
+        let staged = page::check(id, &bytes).and_then(|digest| {
+            // What can be done now is not left for the end, when all pages take effect at once.
+            let place = |blocks: &mut Blocks| Staged { id, digest, entry: Entry::new(blocks.put(id, &bytes), &bytes) };
+            match &mut self.fresh {
+                Some(pages) => {
+                    let page = place(&mut pages.blocks);
+                    pages.table.link(&pages.blocks, &page)
+                }
+                None => {
+                    let page = place(&mut self.live.blocks);
+                    self.patch.add(&self.live, page)
+                }
             }
         });
         if let Err(error) = &staged {
@@ -285,8 +378,10 @@ impl Snapshot {
 
     /// Takes a page out with the update.
     pub fn unstage(&mut self, id: u32) {
-        if self.fresh.is_none() {
-            self.dropped.push(id);
+        if self.fresh.is_none()
+            && let Err(error) = self.patch.drop(&self.live, id)
+        {
+            self.broken = Some(error);
         }
     }
 
@@ -296,11 +391,17 @@ impl Snapshot {
         let result = match self.broken.take() {
             Some(error) => Err(error),
             None => match self.fresh.take() {
-                Some(pages) => pages.complete(digest).map(|()| {
+                Some(pages) => pages.table.complete(digest).map(|()| {
                     let old = std::mem::replace(&mut self.live, pages);
                     self.retired = old.blocks;
+                    // They were places in what is freed as a whole.
+                    self.useless.clear();
                 }),
-                None => self.patch(digest),
+                None => {
+                    let (useless, result) = std::mem::take(&mut self.patch).apply(&mut self.live, digest);
+                    self.useless.extend(useless);
+                    result
+                }
             },
         };
         self.abandon();
@@ -311,37 +412,27 @@ impl Snapshot {
         result
     }
 
-    fn patch(&mut self, digest: u64) -> Result<(), FormatError> {
-        let added = std::mem::take(&mut self.staged);
-        let leaving = self.dropped.iter().copied().chain(added.iter().map(|s| s.id));
-        let removed: Vec<Staged> = leaving.filter_map(|id| self.live.unlink(id)).collect();
-        let mut linked = 0;
-        let result = added.iter().try_for_each(|page| {
-            self.live.link(page)?;
-            linked += 1;
-            Ok(())
-        });
-        let result = result.and_then(|()| self.live.complete(digest));
-        if result.is_err() {
-            for page in added.iter().take(linked) {
-                self.live.unlink(page.id);
-            }
-            removed.iter().try_for_each(|page| self.live.link(page))?;
+    /// Frees at most `n` pieces (of 256 KiB) of a snapshot that was replaced, or as much of pages that were. True: there
+    /// are more.
+    pub fn retire_some(&mut self, n: usize) -> bool {
+        let kept = self.useless.len().saturating_sub(n.saturating_mul(FREED));
+        self.useless.drain(kept..).for_each(|at| self.live.blocks.free(at));
+        if self.useless.is_empty() {
+            self.useless = Vec::new();
         }
-        let useless = if result.is_ok() { &removed } else { &added };
-        useless.iter().for_each(|page| self.live.free(page));
-        result
+        self.retired.shrink(n);
+        self.is_retiring()
     }
 
-    /// Frees at most `n` pieces (of 256 KiB) of a snapshot that was replaced. True: there are more.
-    pub fn retire_some(&mut self, n: usize) -> bool {
-        self.retired.shrink(n)
+    /// Is there anything that [`Snapshot::retire_some`] would free?
+    pub fn is_retiring(&self) -> bool {
+        !self.retired.is_empty() || !self.useless.is_empty()
     }
 
     /// The pages held, for a subscription to resume with: 12 bytes each, id then digest, little endian.
     pub fn held(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.live.count * 12);
-        for at in self.live.places() {
+        let mut out = Vec::with_capacity(self.live.table.count * 12);
+        for at in self.live.table.places() {
             if let (Some(id), Some(page)) = (self.live.blocks.id(at), self.live.blocks.page(at)) {
                 out.extend_from_slice(&id.to_le_bytes());
                 out.extend_from_slice(&page::stated(page).to_le_bytes());
@@ -352,17 +443,17 @@ impl Snapshot {
 
     /// True until the first update has taken effect.
     pub fn is_empty(&self) -> bool {
-        self.live.table.is_empty()
+        self.live.table.entries.is_empty()
     }
 
     /// Digest of what is in effect.
     pub fn digest(&self) -> u64 {
-        self.live.digest
+        self.live.table.digest
     }
 
     /// Bytes that the pages in effect take, and the table over them.
     pub fn bytes(&self) -> usize {
-        self.live.blocks.used() + self.live.table.len() * size_of::<Entry>() + self.live.deep.len() * 16
+        self.live.blocks.used() + self.live.table.entries.len() * size_of::<Entry>() + self.live.table.deep.len() * 16
     }
 
     pub(crate) fn summary(&self) -> &Summary {
@@ -373,6 +464,6 @@ impl Snapshot {
     #[inline]
     pub(crate) fn find(&self, tag: u8, key: &[u8]) -> Option<(&[u8], &[u8])> {
         let hash = hash::key(tag, key);
-        page::find(self.live.page(hash)?, hash, tag, key)
+        page::find(self.live.table.page(&self.live.blocks, hash)?, hash, tag, key)
     }
 }

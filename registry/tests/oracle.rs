@@ -308,10 +308,10 @@ proptest! {
             writer.put(row).expect("fits");
         }
         let commit = writer.commit();
+        commit.removed.iter().for_each(|id| snapshot.unstage(*id));
         for id in &commit.changed {
             snapshot.stage(*id, writer.page(*id).expect("it changed").to_vec()).expect("a good page");
         }
-        commit.removed.iter().for_each(|id| snapshot.unstage(*id));
         prop_assert!(snapshot.commit(writer.digest()).is_ok());
         prop_assert_eq!(snapshot.held().len(), open(&writer).held().len());
         prop_assert_eq!(snapshot.digest(), writer.digest());
@@ -369,4 +369,46 @@ fn an_open_mesh_dials_unknown_names_of_the_proxy_port() {
     let (_, snapshot) = build(&[Row::Globals(Globals { catch_all: CatchAll::PassThrough, gateway: false })]);
     let decision = snapshot.request(&Request { listener: Listener::Proxy, authority: b"z.com", connect: false });
     assert!(matches!(decision.verdict, Verdict::Route { cluster } if cluster == *DYNAMIC_CLUSTER));
+}
+
+/// An update of so many pages has a table of its own, which small ones have not.
+#[test]
+fn half_of_all_rows_change_at_once_or_not_at_all() {
+    let host = |i: usize| host_row(&format!("host-{i}.example.com"), &[], &[443]);
+    let before: Vec<Row> = (0..8_000).map(host).chain(rows_of(0)).collect();
+    let (mut writer, mut snapshot) = build(&before);
+    before[..4_000].iter().for_each(|row| writer.remove(&row.key()));
+    // Fewer and then more than there were, so that pages take the places of their children and of their parents.
+    for count in [100, 12_000] {
+        (8_000..8_000 + count).for_each(|i| writer.put(&host(i)).expect("fits"));
+        let commit = writer.commit();
+        assert!(commit.changed.len() > 200, "{} pages", commit.changed.len());
+        let old = snapshot.digest();
+        for wanted in [writer.digest() ^ 1, writer.digest()] {
+            commit.removed.iter().for_each(|id| snapshot.unstage(*id));
+            for id in &commit.changed {
+                snapshot.stage(*id, writer.page(*id).expect("it changed").to_vec()).expect("a good page");
+            }
+            assert_eq!(snapshot.digest(), old);
+            assert!(ask(&snapshot, "host-7999.example.com", PORT, true).0.is_ok());
+            assert_eq!(snapshot.commit(wanted).is_ok(), wanted == writer.digest());
+        }
+        assert_eq!(snapshot.digest(), writer.digest());
+        assert_eq!(sorted(snapshot.held()), sorted(open(&writer).held()));
+        assert!(snapshot.is_retiring());
+        while snapshot.retire_some(1) {}
+        assert!(!snapshot.is_retiring());
+        for host in ["host-0.example.com", "host-7999.example.com", "host-8099.example.com"] {
+            let there = ask(&snapshot, host, PORT, true).0.is_ok();
+            assert_eq!(there, host != "host-0.example.com", "{host} after {count}");
+        }
+    }
+    // What was freed is used again.
+    assert!(snapshot.bytes() < open(&writer).bytes() * 11 / 10);
+}
+
+fn sorted(held: Vec<u8>) -> Vec<[u8; 12]> {
+    let mut pages = held.as_chunks::<12>().0.to_vec();
+    pages.sort_unstable();
+    pages
 }

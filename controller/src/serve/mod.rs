@@ -3,6 +3,7 @@
 pub mod admin;
 mod discovery;
 mod listeners;
+mod parts;
 pub mod peer;
 mod registry;
 pub mod sessions;

@@ -1,29 +1,29 @@
 //! `portolan.v1.Registry`: pages, and then their changes. One update is under way at a time; while it waits for its
-//! acknowledgement, later ones gather into the next.
+//! acknowledgement, later ones gather into the next. Of an update only so many parts are on their way as the subscriber
+//! wants to find at a time.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use portolan_proto::v1::{self, Page, WatchRequest, WatchResponse, registry_server::Registry, watch_request};
+use portolan_proto::v1::{self, WatchRequest, WatchResponse, registry_server::Registry, watch_request};
 use portolan_registry::page::FORMAT;
 use portolan_registry::write::PageId;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::parts::Parts;
 use super::peer::{self, Peer};
 use super::sessions::{Listed, Session};
 use super::{Counters, Open};
-use crate::publish::{Published, Publisher};
+use crate::publish::{self, Published, Publisher};
 
-/// Bytes of pages in one message, so that no subscriber has much to do at a time.
-const PART: usize = 128 * 1024;
-
-/// How long a subscriber may take to answer an update before its stream is ended, so that it starts anew.
+/// How long a subscriber may take to answer a part of an update, or all of it, before its stream is ended, so that it
+/// starts anew.
 const ANSWER: Duration = Duration::from_secs(30);
 
 pub(super) struct Service {
@@ -81,13 +81,31 @@ impl Held {
     }
 }
 
+impl Subscriber {
+    /// May a part be sent?
+    fn may_send(&self) -> bool {
+        !self.parts.is_empty() && (self.window == 0 || self.under_way < self.window)
+    }
+
+    /// Time is given anew: something was sent, or answered.
+    fn wait(&mut self) {
+        self.deadline = Instant::now() + ANSWER;
+    }
+}
+
 struct Subscriber {
     name: String,
     /// What it holds for certain.
     held: Held,
     /// The update that it has not answered, and what it will hold then.
     sent: Option<(u64, Held)>,
-    /// Until when it has to.
+    /// What of that update was not sent yet.
+    parts: Parts,
+    /// How many parts may be on their way at a time; 0: any number.
+    window: usize,
+    /// How many are.
+    under_way: usize,
+    /// Until when it has to answer.
     deadline: Instant,
     /// Pages of refused updates, of which nobody knows whether it kept them. While there are any, the next update is whole.
     doubtful: Option<BTreeSet<PageId>>,
@@ -121,6 +139,9 @@ async fn serve(
         name: subscribe.subscriber,
         held,
         sent: None,
+        parts: Parts::default(),
+        window: subscribe.window as usize,
+        under_way: 0,
         deadline: Instant::now(),
         doubtful: None,
         version: subscribe.version,
@@ -128,9 +149,18 @@ async fn serve(
     let current = published.borrow_and_update().clone();
     let pages = subscriber.held.ids().len();
     tracing::info!(subscriber = subscriber.name, held = pages, version = subscribe.version, "subscribed");
-    send(&mut subscriber, &current, true, &counters, &responses).await?;
+    begin(&mut subscriber, &current, true, &counters);
     loop {
         tokio::select! {
+            room = responses.reserve(), if subscriber.may_send() => {
+                let room = room.map_err(|_| Status::cancelled("the subscriber has gone"))?;
+                if let Some(part) = subscriber.parts.next() {
+                    Counters::add(&counters.bytes, part.encoded_len());
+                    subscriber.under_way += 1;
+                    subscriber.wait();
+                    room.send(Ok(part));
+                }
+            }
             message = requests.next() => match message {
                 None => return Ok(()),
                 Some(message) => answered(&mut subscriber, message?, &counters, &session),
@@ -145,7 +175,7 @@ async fn serve(
         if subscriber.sent.is_none() {
             let current = published.borrow_and_update().clone();
             if current.version > subscriber.version {
-                send(&mut subscriber, &current, false, &counters, &responses).await?;
+                begin(&mut subscriber, &current, false, &counters);
             }
         }
     }
@@ -162,7 +192,7 @@ async fn wait(published: &mut watch::Receiver<Arc<Published>>, ready: bool) -> R
 fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Counters, session: &Listed) {
     let name = &subscriber.name;
     match message.message {
-        Some(watch_request::Message::Ack(v1::Ack { version })) => {
+        Some(watch_request::Message::Ack(v1::Ack { version })) if subscriber.parts.is_empty() => {
             if let Some((_, held)) = subscriber.sent.take_if(|(sent, _)| *sent == version) {
                 subscriber.held = held;
                 subscriber.doubtful = None;
@@ -173,69 +203,46 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
         Some(watch_request::Message::Nack(v1::Nack { version, reason })) => {
             if let Some((_, held)) = subscriber.sent.take_if(|(sent, _)| *sent == version) {
                 Counters::add(&counters.nacks, 1);
+                // Nobody needs the rest of it.
+                subscriber.parts = Parts::default();
                 subscriber.doubtful.get_or_insert_default().extend(held.ids());
                 session.note(|s| s.refused = Some(format!("version {version}: {reason}")));
                 tracing::warn!(subscriber = name, version, reason, "refused: the last good update stays in force");
             }
         }
-        Some(watch_request::Message::Subscribe(_)) | None => {
+        Some(watch_request::Message::Taken(v1::Taken { version })) => {
+            if subscriber.sent.as_ref().is_some_and(|(sent, _)| *sent == version) {
+                subscriber.under_way = subscriber.under_way.saturating_sub(1);
+                subscriber.wait();
+            }
+        }
+        Some(watch_request::Message::Subscribe(_) | watch_request::Message::Ack(_)) | None => {
             tracing::warn!(subscriber = name, "message out of turn ignored");
         }
     }
 }
 
-/// Sends what the subscriber lacks. Without any difference nothing is sent, but the first answer to a subscription.
-async fn send(
-    subscriber: &mut Subscriber,
-    current: &Arc<Published>,
-    first: bool,
-    counters: &Counters,
-    responses: &mpsc::Sender<Result<WatchResponse, Status>>,
-) -> Result<(), Status> {
+/// Begins an update with what the subscriber lacks. Without any difference there is none, but for the first answer to a
+/// subscription.
+fn begin(subscriber: &mut Subscriber, current: &Arc<Published>, first: bool, counters: &Counters) {
     subscriber.version = current.version;
     let whole = subscriber.doubtful.is_some();
-    let lacks = current.pages.iter().filter(|p| whole || subscriber.held.digest(p.id) != Some(p.digest));
+    let lacks = |page: &publish::Page| whole || subscriber.held.digest(page.id) != Some(page.digest);
+    let pages: VecDeque<u32> = (0..).zip(&current.pages).filter(|(_, page)| lacks(page)).map(|(at, _)| at).collect();
     let mut known: BTreeSet<PageId> = subscriber.held.ids().into_iter().collect();
     known.extend(subscriber.doubtful.iter().flatten());
-    let removed = known.into_iter().filter(|id| current.page_digest(*id).is_none()).collect();
-
-    let version = current.version;
-    let blank = || WatchResponse { version, ..WatchResponse::default() };
-    let mut parts = vec![WatchResponse { removed, ..blank() }];
-    let (mut size, mut pages) = (0, 0);
-    for page in lacks {
-        if size + page.data.len() > PART && size > 0 {
-            parts.push(blank());
-            size = 0;
-        }
-        size += page.data.len();
-        pages += 1;
-        if let Some(part) = parts.last_mut() {
-            part.pages.push(Page { id: page.id, data: page.data.to_vec() });
-        }
+    let removed: Vec<PageId> = known.into_iter().filter(|id| current.page_digest(*id).is_none()).collect();
+    if pages.is_empty() && removed.is_empty() && !first {
+        return;
     }
-    let nothing = pages == 0 && parts.iter().all(|p| p.removed.is_empty());
-    if nothing && !first {
-        return Ok(());
-    }
-    if let Some(last) = parts.last_mut() {
-        last.last = true;
-        last.digest = current.digest;
-    }
-    let bytes: usize = parts.iter().map(Message::encoded_len).sum();
+    let (version, count) = (current.version, pages.len());
     Counters::add(&counters.updates, 1);
-    Counters::add(&counters.pages, pages);
-    Counters::add(&counters.bytes, bytes);
-    tracing::info!(subscriber = subscriber.name, version, pages, bytes, parts = parts.len(), whole, "update sent");
+    Counters::add(&counters.pages, count);
+    tracing::info!(subscriber = subscriber.name, version, pages = count, removed = removed.len(), whole, "update");
     subscriber.sent = Some((version, Held::Published(current.clone())));
-    for part in parts {
-        // One that reads nothing would block this as well.
-        let sent = timeout(ANSWER, responses.send(Ok(part))).await;
-        let sent = sent.map_err(|_| Status::deadline_exceeded("the subscriber does not read"))?;
-        sent.map_err(|_| Status::cancelled("the subscriber has gone"))?;
-    }
-    subscriber.deadline = Instant::now() + ANSWER;
-    Ok(())
+    subscriber.parts = Parts::new(current.clone(), removed, pages);
+    subscriber.under_way = 0;
+    subscriber.wait();
 }
 
 fn read_held(bytes: &[u8]) -> Result<Held, Status> {
