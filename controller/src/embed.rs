@@ -2,6 +2,8 @@
 
 mod kubernetes_source;
 
+pub use kubernetes_source::{Listed, MeshSource};
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fake_api::FakeApi;
-use portolan_controller::embed::Controller;
+use portolan_controller::embed::{Controller, MeshSource};
 use portolan_controller::model::{Kind, Scope};
 use portolan_controller::publish::Published;
 use portolan_controller::status;
@@ -32,7 +32,7 @@ fn put(api: &FakeApi, name: &str, host: &str) {
 }
 
 async fn started(api: &FakeApi) -> Controller {
-    let (controller, listed) = Controller::of_cluster(&api.client(), None).unwrap();
+    let (controller, listed) = Controller::of_cluster(&api.client(), &MeshSource::Defaults).unwrap();
     timeout(LONG, listed.wait()).await.expect("the cluster is listed").unwrap();
     controller
 }
@@ -76,7 +76,7 @@ async fn nothing_is_served_before_every_kind_was_listed() {
     let api = FakeApi::start().await;
     put(&api, "a", "a.example.com");
     api.slow("pods", true);
-    let (controller, listed) = Controller::of_cluster(&api.client(), None).unwrap();
+    let (controller, listed) = Controller::of_cluster(&api.client(), &MeshSource::Defaults).unwrap();
     let mut listed = std::pin::pin!(listed.wait());
     // Every other kind was listed by the time that its list was asked for again by another controller.
     while api.lists("serviceentries") == 0 || api.lists("endpointslices") == 0 {
@@ -282,4 +282,47 @@ async fn the_leader_writes_allocated_addresses_once() {
         }
     };
     timeout(LONG, gone).await.expect("no addresses where they have no effect");
+}
+
+fn put_mesh(api: &FakeApi, text: &str) {
+    api.put("configmaps", "istio-system", "istio", json!({ "data": { "mesh": text, "meshNetworks": "networks: {}" } }));
+}
+
+#[tokio::test]
+async fn the_meshs_settings_are_followed_in_their_config_map() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    put_mesh(&api, "outboundTrafficPolicy: {mode: NONSENSE}");
+    let map = MeshSource::Map("istio-system/istio".parse().unwrap());
+    let (controller, listed) = Controller::of_cluster(&api.client(), &map).unwrap();
+    let mut listed = std::pin::pin!(listed.wait());
+    while api.lists("configmaps") == 0 {
+        tokio::task::yield_now().await;
+    }
+    // Settings that cannot be read are not the defaults, which would open the mesh.
+    assert!(timeout(Duration::from_millis(50), &mut listed).await.is_err(), "it does not wait for the settings");
+    put_mesh(&api, "proxyHttpPort: 15080");
+    timeout(LONG, listed).await.unwrap().unwrap();
+    let mut published = subscribed(&controller).await;
+    let mut port = async |expected: u16| {
+        let told = published.wait_for(|published| published.proxy_http_port == Some(expected));
+        timeout(LONG, told).await.expect("the new settings").unwrap();
+    };
+    port(15080).await;
+    put_mesh(&api, "proxyHttpPort: 15081");
+    port(15081).await;
+    // What is wrong is told, and changes nothing.
+    put_mesh(&api, "proxyHttpPort: many");
+    let mut findings = controller.cluster().unwrap().findings.clone();
+    let told = findings.wait_for(|findings| {
+        findings.iter().flat_map(|all| all.iter()).any(|finding| finding.file.as_ref() == "ConfigMap istio-system/istio")
+    });
+    timeout(LONG, told).await.expect("a finding").unwrap();
+    port(15081).await;
+    // So does its end; when it is back it counts.
+    api.delete("configmaps", "istio-system", "istio");
+    put(&api, "b", "b.example.com");
+    port(15081).await;
+    put_mesh(&api, "proxyHttpPort: 15082");
+    port(15082).await;
 }

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use fake_api::FakeApi;
-use portolan_controller::embed::Controller;
+use portolan_controller::embed::{Controller, MeshSource};
 use portolan_controller::serve::webhook::Webhook;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -83,7 +83,7 @@ async fn conflicts_with_what_is_there_are_warnings() {
     for n in 0..200 {
         api.put("serviceentries", "n", &format!("e{n}"), entry("", &format!("host-{n}.example.com"), "DNS"));
     }
-    let (controller, listed) = Controller::of_cluster(&api.client(), None).unwrap();
+    let (controller, listed) = Controller::of_cluster(&api.client(), &MeshSource::Defaults).unwrap();
     timeout(Duration::from_secs(20), listed.wait()).await.unwrap().unwrap();
     let known = controller.cluster().unwrap().resources.clone();
     let router = Webhook::new(Some(known), controller.counters().clone()).router();

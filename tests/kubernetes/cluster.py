@@ -9,7 +9,7 @@ ISTIO = "networking.istio.io/v1"
 PLURALS = {"ServiceEntry": "serviceentries", "WorkloadEntry": "workloadentries", "VirtualService": "virtualservices",
            "DestinationRule": "destinationrules", "Gateway": "gateways", "Sidecar": "sidecars",
            "EndpointSlice": "endpointslices", "NetworkPolicy": "networkpolicies", "Ingress": "ingresses",
-           "PodDisruptionBudget": "poddisruptionbudgets"}
+           "PodDisruptionBudget": "poddisruptionbudgets", "ServiceMonitor": "servicemonitors", "PrometheusRule": "prometheusrules"}
 CLUSTER_WIDE = {"Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"}
 
 

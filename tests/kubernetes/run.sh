@@ -13,5 +13,7 @@ fi
 for tool in "${tools[@]}"; do command -v "${tool%%:*}" >/dev/null || skip "${tool%%:*} is missing (Debian's ${tool#*:})"; done
 KUBE_APISERVER=$(./build.sh) || { [ $? = 3 ] && skip "Go is missing, to build kube-apiserver"; exit 1; }
 export KUBE_APISERVER
+MONITORING_CRDS=$(./monitoring.sh) || { [ $? = 3 ] && skip "Go is missing, for the CRDs of the Prometheus operator"; exit 1; }
+export MONITORING_CRDS
 PATH=$(../venv.sh):$PATH
 exec python scenarios.py "$@"

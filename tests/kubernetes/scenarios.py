@@ -3,8 +3,10 @@
 
 One cluster serves all scenarios, each with namespaces of its own. `run.sh` builds what is needed.
 """
-import base64, concurrent.futures, contextlib, http.client, http.server, json, os, pathlib, signal, socket, ssl, subprocess, sys
+import base64, concurrent.futures, contextlib, http.client, http.server, json, os, pathlib, re, signal, socket, ssl, subprocess, sys
 import threading, time, traceback, urllib.request
+
+import promql_parser
 
 from cluster import ISTIO, Cluster, Refused, documents, free_port, metric, until
 
@@ -47,11 +49,12 @@ class Process:
 
 
 class Controller(Process):
-    def __init__(self, cluster, name="controller", user="portolan", listen=None, wait=True, extra=()):
+    def __init__(self, cluster, name="controller", user="portolan", listen=None, wait=True, mesh=None, extra=()):
         self.listen, self.admin_port = listen or free_port(), free_port()
-        mesh = cluster.path / "mesh.yaml"
-        mesh.write_text("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")
-        super().__init__(cluster, name, [PORTOLAN, "serve", "--kubernetes", "--kubeconfig", cluster.kubeconfig(user), "--mesh", mesh,
+        if mesh is None:
+            (cluster.path / "mesh.yaml").write_text("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")
+            mesh = f"--mesh={cluster.path}/mesh.yaml"
+        super().__init__(cluster, name, [PORTOLAN, "serve", "--kubernetes", "--kubeconfig", cluster.kubeconfig(user), mesh,
                                          "--listen", f"127.0.0.1:{self.listen}", "--admin", f"127.0.0.1:{self.admin_port}", *extra])
         if wait:
             until("the controller serves", lambda: self.said("serving on"), 60)
@@ -360,7 +363,50 @@ def the_webhook_judges_as_recorded(cluster):
             assert controller.metric("webhook_denied") > 100
         finally:
             cluster.delete(configuration)
-    return f"{len(cases)} cases in {took:.1f} s by 16 clients; warning: {warning}"
+        loaded = ask_while_certificates_change(cluster, port, [c for c in cases if c["crd"] == "ok"] * 4)
+    return f"{len(cases)} cases in {took:.1f} s by 16 clients; warning: {warning}; {loaded}"
+
+
+def ask_while_certificates_change(cluster, port, cases, clients=32):
+    """Asks the webhook itself, over a new connection each time, as API servers do that come and go."""
+    context = ssl.create_default_context(cafile=cluster.path / "authority.pem")
+    serials, done = [18], threading.Event()
+
+    def change():
+        while not done.wait(0.2):
+            certify(cluster, serials[-1] + 1)
+            serials.append(serials[-1] + 1)
+
+    def ask(case):
+        resource = case["resource"]
+        group, _, version = resource["apiVersion"].rpartition("/")
+        review = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+            "uid": case["id"], "operation": "CREATE", "kind": {"group": group, "version": version, "kind": resource["kind"]},
+            "namespace": resource["metadata"].get("namespace", "default"), "name": resource["metadata"].get("name", ""), "object": resource}}
+        start = time.monotonic()
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+        try:
+            connection.request("POST", "/validate", json.dumps(review), {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())["response"]
+        finally:
+            connection.close()
+        assert answer["uid"] == case["id"], "the answer to somebody else's question"
+        expected, took = case.get("webhookPruned", case["webhook"]) != "error", time.monotonic() - start
+        # What the API server would have pruned is refused here for being unknown.
+        return took, None if answer["allowed"] in (expected, case["webhook"] != "error") else f"{case['id']}: {answer}"
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        answers = everywhere(ask, cases, clients)
+    finally:
+        done.set()
+        changing.join()
+    wrong = [said for _, said in answers if said]
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:20])
+    until("the last certificate is used", lambda: serial_at(port) == serials[-1])
+    times = sorted(took for took, _ in answers)
+    return (f"{len(times)} by {clients} clients on new connections while {len(serials) - 1} certificates followed each other: "
+            f"{1000 * times[len(times) // 2]:.0f} ms median, {1000 * times[-1 - len(times) // 100]:.0f} ms p99, none wrong")
 
 
 @scenario
@@ -396,6 +442,40 @@ def one_of_two_controllers_writes_conditions(cluster):
         other.stop()
         assert not cluster.get(lease)["spec"].get("holderIdentity"), "the Lease was not given up"
     return f"the other one led after {took:.1f} s; {told['message']}"
+
+
+@scenario
+def the_meshs_config_map_is_followed(cluster):
+    """With the permission that the chart gives, which is for that ConfigMap alone."""
+    namespace(cluster, "istio-system")
+    helm = subprocess.check_output([ROOT / "tests/kubernetes/helm.sh"], text=True).strip()
+    chart = subprocess.check_output([helm, "template", "portolan", ROOT / "deploy/kubernetes/chart", "--set", "meshConfigMap=istio-system/istio",
+                                     "--kube-version", "1.33.0", "-n", "portolan-system", "-s", "templates/controller.yaml"], text=True)
+    grants = [d for d in documents(chart) if d["metadata"]["name"] == "portolan-mesh"]
+    assert [d["kind"] for d in grants] == ["Role", "RoleBinding"], grants
+    for grant in grants:
+        for subject in grant.get("subjects", []):
+            subject.clear()
+            subject.update({"kind": "User", "name": "portolan", "apiGroup": "rbac.authorization.k8s.io"})
+    config = lambda mode, name="istio": {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "istio-system"},
+                                         "data": {"mesh": f"outboundTrafficPolicy: {{mode: {mode}}}\nrootNamespace: istio-system\n"}}
+    cluster.apply(config("REGISTRY_ONLY"))
+    cluster.apply(config("ALLOW_ANY_DYNAMIC_DNS", "other"))
+    origin = Origin("outside", "127.0.0.1")
+    host = f"localhost:{origin.server_port}"
+    with Controller(cluster, mesh="--mesh-config-map", wait=False) as controller:
+        until("it waits for the permission", lambda: controller.said("nothing is served before it can"))
+        assert not controller.said("serving on"), "served by settings that are not the mesh's"
+        for grant in grants:
+            cluster.apply(grant)
+        until("it serves", lambda: controller.said("serving on"), 60)
+        with Proxy(cluster, controller) as proxy:
+            assert proxy.get(host)[0] == 502
+            cluster.apply(config("ALLOW_ANY_DYNAMIC_DNS"))
+            until("the mesh is open", lambda: proxy.get(host) == (200, "outside"))
+            cluster.apply(config("REGISTRY_ONLY"))
+            until("it is closed again", lambda: proxy.get(host)[0] == 502)
+    origin.shutdown()
 
 
 @scenario
@@ -443,19 +523,41 @@ def allocated_addresses_are_written_once(cluster):
 
 @scenario
 def what_is_deployed_is_valid(cluster):
-    count, foreign = 0, []
+    for path in pathlib.Path(os.environ["MONITORING_CRDS"]).glob("*.yaml"):
+        for crd in documents(path.read_text()):
+            cluster.apply(crd)
+            served_by(cluster, crd)
+    count = 0
     for path in sorted((ROOT / "deploy/kubernetes").glob("*.yaml")):
         for document in documents(path.read_text()):
-            if document["apiVersion"].startswith("monitoring.coreos.com/"):
-                foreign.append(document["kind"])
-                continue
             cluster.apply(document, "&dryRun=All")
             count += 1
     subprocess.run([sys.executable, ROOT / "deploy/istio/gen.py", "--check"], check=True)
     sidecar = documents((ROOT / "deploy/istio/sidecar.yaml").read_text())[0]
     namespace(cluster, sidecar["metadata"]["namespace"])
     cluster.apply(sidecar, "&dryRun=All")
-    return f"{count} objects; not judged, as their CRDs are not ours: {', '.join(foreign) or 'none'}"
+    return f"{count} objects, those of the Prometheus operator's kinds included"
+
+
+@scenario
+def alerts_and_dashboard_ask_for_what_there_is(cluster):
+    def expressions(of):
+        if isinstance(of, dict):
+            yield from [of["expr"]] if isinstance(of.get("expr"), str) else []
+        for inner in of.values() if isinstance(of, dict) else of if isinstance(of, list) else []:
+            yield from expressions(inner)
+    chart = ROOT / "deploy/kubernetes/chart"
+    asked = list(expressions(documents((chart / "alerts.yaml").read_text()))) + list(expressions(json.loads((chart / "dashboard.json").read_text())))
+    certify(cluster, 3)
+    hook = ["--webhook", f"127.0.0.1:{free_port()}", "--webhook-cert", cluster.path / "webhook.pem", "--webhook-key", cluster.path / "webhook.key"]
+    with Controller(cluster, extra=hook) as controller:
+        types = re.findall(r"^# TYPE (\S+) (\S+)$", controller.admin("metrics"), re.M)
+    known = {f"{name}_total" if kind == "counter" else name for name, kind in types}
+    for expression in asked:
+        promql_parser.parse(expression)
+        unknown = set(re.findall(r"portolan_\w+", expression)) - known
+        assert not unknown, f"{expression}: no metric {unknown}"
+    return f"{len(asked)} expressions"
 
 
 def rendered():
@@ -478,15 +580,7 @@ def prepare(cluster):
     for crd in crds:
         cluster.apply(crd)
     for crd in crds:
-        def established():
-            conditions = cluster.get(crd).get("status", {}).get("conditions", [])
-            odd = [c for c in conditions if c["type"] == "NonStructuralSchema" and c["status"] == "True"]
-            assert not odd, odd
-            return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
-        until(f"{crd['metadata']['name']} is established", established)
-    for crd in crds:
-        list_of = f"/apis/{ISTIO}/{crd['spec']['names']['plural']}"
-        until(f"{list_of} is served", lambda: served(cluster, list_of))
+        served_by(cluster, crd)
     role = role_of(cluster)
     cluster.apply(role)
     bind(cluster, role["metadata"]["name"], "portolan")
@@ -497,6 +591,19 @@ def prepare(cluster):
                 subject.clear()
                 subject.update({"kind": "User", "name": "portolan", "apiGroup": "rbac.authorization.k8s.io"})
             cluster.apply(document)
+
+
+def served_by(cluster, crd):
+    """Waits until the API server serves resources of a CRD."""
+    def established():
+        conditions = cluster.get(crd).get("status", {}).get("conditions") or []
+        odd = [c for c in conditions if c["type"] == "NonStructuralSchema" and c["status"] == "True"]
+        assert not odd, odd
+        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+    until(f"{crd['metadata']['name']} is established", established)
+    for version in crd["spec"]["versions"]:
+        list_of = f"/apis/{crd['spec']['group']}/{version['name']}/{crd['spec']['names']['plural']}"
+        until(f"{list_of} is served", lambda: not version["served"] or served(cluster, list_of))
 
 
 def served(cluster, path):

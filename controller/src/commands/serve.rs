@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use portolan_controller::embed::{Controller, ControllerConfig};
+use portolan_controller::embed::{Controller, ControllerConfig, MeshSource};
 use portolan_controller::serve::admin::Admin;
 use portolan_controller::serve::tcp::{self, TlsFiles};
 use portolan_controller::serve::webhook::{self, Webhook};
-use portolan_controller::source::kubernetes;
+use portolan_controller::source::kubernetes::{self, mesh::MeshMap};
 use portolan_controller::status::{self, lease};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -67,6 +67,11 @@ pub struct Serve {
     /// Istio's MeshConfig [default: a mesh.yaml among the resources, or Istio's defaults]
     #[arg(long, value_name = "FILE")]
     mesh: Option<PathBuf>,
+    /// The ConfigMap of the cluster with istiod's MeshConfig under the key `mesh`, instead of --mesh; without a value
+    /// istio-system/istio
+    #[arg(long, value_name = "NAMESPACE/NAME", num_args = 0..=1, require_equals = true,
+          default_missing_value = "istio-system/istio", requires = "kubernetes", conflicts_with = "mesh")]
+    mesh_config_map: Option<MeshMap>,
     /// Where proxies connect to; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:15010")]
     listen: SocketAddr,
@@ -196,8 +201,12 @@ impl Serve {
             let (controller, listed) = if self.kubernetes {
                 let client = kubernetes::connect(self.kubeconfig.as_deref(), self.context.as_deref()).await;
                 let client = client.map_err(|error| unusable(&error))?;
-                let (controller, listed) =
-                    Controller::of_cluster(&client, self.mesh.as_deref()).map_err(|error| unusable(&error))?;
+                let mesh = match (self.mesh, self.mesh_config_map) {
+                    (Some(file), _) => MeshSource::File(file),
+                    (None, Some(map)) => MeshSource::Map(map),
+                    (None, None) => MeshSource::Defaults,
+                };
+                let (controller, listed) = Controller::of_cluster(&client, &mesh).map_err(|error| unusable(&error))?;
                 if self.write_status {
                     writing = write_status(&client, &controller, self.lease.clone());
                 }

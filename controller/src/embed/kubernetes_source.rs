@@ -1,15 +1,16 @@
 //! A controller of the resources of a Kubernetes cluster.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Controller, ControllerError, Follower, log, take};
 use crate::publish::{Ended, Publisher};
+use crate::source::kubernetes::mesh::{self, MeshMap, Said};
 use crate::source::kubernetes::{self, KubernetesSource};
 use crate::source::ledger::{Ledger, Status};
 use crate::source::yaml::{Batch, YamlSource};
@@ -32,25 +33,46 @@ impl Listed {
     }
 }
 
+/// Where a controller of a cluster has the mesh's settings from. Whatever it is, it is watched.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum MeshSource {
+    /// Istio's defaults.
+    #[default]
+    Defaults,
+    /// A file.
+    File(PathBuf),
+    /// A ConfigMap of the cluster.
+    Map(MeshMap),
+}
+
 impl Controller {
-    /// Watches a cluster, and takes the mesh's settings from a file, which is watched too; none: Istio's defaults.
-    /// Returns at once: what is there by then is nothing yet. To be called within a tokio runtime, on which the services
+    /// Watches a cluster and the mesh's settings. Returns at once: what is there by then is nothing yet. To be called within a tokio runtime, on which the services
     /// run.
     ///
     /// # Errors
     /// Settings of the mesh that are wrong, or no thread to compile on.
-    pub fn of_cluster(client: &kube::Client, mesh: Option<&Path>) -> Result<(Self, Listed), ControllerError> {
-        let (files, loaded) = YamlSource::load(&[], mesh)?;
+    pub fn of_cluster(client: &kube::Client, mesh: &MeshSource) -> Result<(Self, Listed), ControllerError> {
+        let file = if let MeshSource::File(file) = mesh { Some(file.as_path()) } else { None };
+        let (files, loaded) = YamlSource::load(&[], file)?;
         let mut controller = Self::empty(loaded.mesh)?;
         let mut ledger = Ledger::default();
         log(&ledger.replace(loaded.findings));
         let source = KubernetesSource::watch(client);
+        let map = if let MeshSource::Map(map) = mesh {
+            let (said, says) = mpsc::channel(1);
+            tokio::spawn(mesh::follow(client.clone(), map.clone(), said));
+            Some(says)
+        } else {
+            None
+        };
         let (tell, listed) = oneshot::channel();
         let (found, findings) = watch::channel(None);
         controller.cluster = Some(source.cluster(findings));
         let follow = Follow {
             source,
             files,
+            map,
+            said_of_map: Vec::new(),
             ledger,
             publisher: controller.publisher.clone(),
             status: controller.status.clone(),
@@ -70,8 +92,11 @@ impl Controller {
 
 struct Follow {
     source: KubernetesSource,
-    /// The mesh's settings.
+    /// The mesh's settings in a file.
     files: YamlSource,
+    /// Those in a ConfigMap, and what there was to say of it.
+    map: Option<mpsc::Receiver<Said>>,
+    said_of_map: Vec<Finding>,
     ledger: Ledger,
     publisher: Publisher,
     status: Arc<Status>,
@@ -85,8 +110,28 @@ impl Follow {
     async fn run(mut self) -> Result<(), ControllerError> {
         let mut review = None;
         let mut reviewing: Option<JoinHandle<Vec<Finding>>> = None;
+        if let Some(map) = &mut self.map {
+            // Nobody is served by settings that are not the mesh's.
+            loop {
+                let Said { mesh, findings } = map.recv().await.ok_or(Ended)?;
+                self.said_of_map = findings;
+                log(&self.ledger.replace(self.said_of_map.clone()));
+                if let Some(mesh) = mesh {
+                    self.publisher.set_mesh(mesh).await?;
+                    break;
+                }
+            }
+        }
         loop {
             tokio::select! {
+                Some(said) = async { self.map.as_mut()?.recv().await } => {
+                    self.said_of_map = said.findings;
+                    if let Some(mesh) = said.mesh {
+                        tracing::info!("the mesh's settings were read again");
+                        self.publisher.set_mesh(mesh).await?;
+                    }
+                    review.get_or_insert_with(|| Instant::now() + QUIET);
+                }
                 batch = self.source.next() => {
                     let kubernetes::Batch { changes, news } = batch.ok_or(Ended)?;
                     let count = changes.len();
@@ -115,8 +160,10 @@ impl Follow {
                 {
                     review = None;
                     let (cluster, files) = (self.source.review(), self.files.review());
+                    let of_map = self.said_of_map.clone();
                     reviewing = Some(tokio::task::spawn_blocking(move || {
                         let mut findings = files.findings();
+                        findings.extend(of_map);
                         findings.extend(cluster.findings());
                         findings
                     }));

@@ -6,6 +6,7 @@
 
 mod follow;
 pub mod kinds;
+pub mod mesh;
 pub mod status;
 pub mod store;
 
