@@ -57,6 +57,8 @@ def main():
         proxy = stack.enter_context(Proxy(cluster, first, namespace="bench-0"))
         until("it is served", lambda: proxy.get("e1.bench.example.com")[0] == 503)
         print(f"memory: {memory(first.process):.0f} MB, at most {memory(first.process, 'VmHWM'):.0f} MB")
+        # The API server ends connections that were idle meanwhile.
+        until("the API server answers", lambda: cluster.request("GET", "/readyz"))
         told, sent = [], []
         for n in range(CHANGES):
             name = f"t{n}.bench.example.com"

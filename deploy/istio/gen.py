@@ -102,7 +102,7 @@ def closed():
 def unknown():
     """Hosts that istiod does not know: in place of what its outbound traffic policy makes of them."""
     return [patch("HTTP_ROUTE", "SIDECAR_OUTBOUND", "MERGE", BY_HEADER, routeConfiguration={"vhost": {"name": name}})
-            for name in ("allow_any", "block_all")]
+            for name in ("allow_any", "allow_any_dynamic_dns", "block_all")]
 
 
 def sniffed():
@@ -120,9 +120,16 @@ def sniffed():
 
     def inspector(kind, message):
         return {"name": f"envoy.filters.listener.{kind}", "typed_config": {"@type": f"{V3}.filters.listener.{kind}.v3.{message}"}}
-    return [patch("FILTER_CHAIN", context, "ADD", chain, **there),
-            patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector("http_inspector", "HttpInspector"), **there),
-            patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector("tls_inspector", "TlsInspector"), **there)]
+
+    def instead(kind, message):
+        """One of them, whether istiod has put one there or not."""
+        own = {"listener": {"name": "virtualOutbound", "listenerFilter": f"envoy.filters.listener.{kind}"}}
+        return [patch("LISTENER_FILTER", context, "REMOVE", None, **own),
+                patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector(kind, message), **there)]
+    # Under ALLOW_ANY_DYNAMIC_DNS istiod has such a chain, whose routes lead past the filter's choice.
+    own = {"listener": {"name": "virtualOutbound", "filterChain": {"name": "virtualOutbound-catchall-tcp-http"}}}
+    return [patch("FILTER_CHAIN", context, "REMOVE", None, **own), patch("FILTER_CHAIN", context, "ADD", chain, **there),
+            *instead("http_inspector", "HttpInspector"), *instead("tls_inspector", "TlsInspector")]
 
 
 def envoy_filter(head, name, patches, **spec):

@@ -38,6 +38,8 @@ type plan struct {
 	Proxy string `json:"proxy"`
 	// In is the proxy's namespace.
 	In string `json:"in"`
+	// IPs of the proxy; one of IPv4 if there are none.
+	IPs []string `json:"ips"`
 	// Labels of the proxy.
 	Labels map[string]string `json:"labels"`
 	// Mesh is a MeshConfig over istiod's defaults.
@@ -179,12 +181,15 @@ func run(how plan, config *meshconfig.MeshConfig, objects string) map[string]any
 			return extensions.NewController(c, updater, krt.GlobalDebugHandler)
 		},
 	})
+	if len(how.IPs) == 0 {
+		how.IPs = []string{"10.1.1.1"}
+	}
 	kind := model.SidecarProxy
 	if how.Proxy == "gateway" {
 		kind = model.Router
 	}
 	proxy := istiod.SetupProxy(&model.Proxy{
-		Type: kind, ConfigNamespace: how.In, Labels: how.Labels, IPAddresses: []string{"10.1.1.1"},
+		Type: kind, ConfigNamespace: how.In, Labels: how.Labels, IPAddresses: how.IPs,
 		Metadata: &model.NodeMetadata{Namespace: how.In, Labels: how.Labels, IstioVersion: "1.31.0"},
 	})
 	listeners := istiod.Listeners(proxy)
