@@ -31,6 +31,14 @@ fn put(api: &FakeApi, name: &str, host: &str) {
     api.put("serviceentries", "default", name, entry(host));
 }
 
+/// An entry that chooses Pods.
+fn selecting() -> Value {
+    let mut entry = entry("selecting.example.com");
+    entry["spec"]["resolution"] = "STATIC".into();
+    entry["spec"]["workloadSelector"] = json!({ "labels": { "app": "a" } });
+    entry
+}
+
 async fn started(api: &FakeApi) -> Controller {
     let (controller, listed) = Controller::of_cluster(&api.client(), &MeshSource::Defaults).unwrap();
     timeout(LONG, listed.wait()).await.expect("the cluster is listed").unwrap();
@@ -74,7 +82,7 @@ fn metrics(controller: &Controller) -> String {
 #[tokio::test]
 async fn nothing_is_served_before_every_kind_was_listed() {
     let api = FakeApi::start().await;
-    put(&api, "a", "a.example.com");
+    api.put("serviceentries", "default", "a", selecting());
     api.slow("pods", true);
     let (controller, listed) = Controller::of_cluster(&api.client(), &MeshSource::Defaults).unwrap();
     let mut listed = std::pin::pin!(listed.wait());
@@ -139,7 +147,7 @@ async fn an_api_server_that_goes_away_leaves_the_last_good_state() {
     let before = published.borrow_and_update().clone();
     api.down(true);
     let status = &controller.cluster().unwrap().status;
-    while status.unwatched().len() < 9 {
+    while status.unwatched().len() < 8 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(published.borrow().digest, before.digest);
@@ -209,6 +217,37 @@ async fn an_older_version_of_istios_resources_is_found() {
     let controller = started(&api).await;
     assert_eq!(objects(&controller).await, BTreeMap::from([(Kind::ServiceEntry, 1)]));
     assert_eq!(controller.cluster().unwrap().status.unwatched(), ["Sidecar"]);
+}
+
+#[tokio::test]
+async fn pods_are_watched_while_an_entry_selects_some() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    let pod = json!({ "metadata": { "labels": { "app": "a" } }, "status": { "podIP": "10.0.0.1" } });
+    api.put("pods", "default", "pod", pod);
+    let controller = started(&api).await;
+    assert_eq!((api.lists("pods"), objects(&controller).await.get(&Kind::Pod)), (0, None));
+    assert!(controller.cluster().unwrap().status.unwatched().is_empty());
+    assert!(!metrics(&controller).contains("portolan_kubernetes_watching{kind=\"Pod\"}"), "{}", metrics(&controller));
+    // Both come into force at once.
+    api.put("serviceentries", "default", "selecting", selecting());
+    let both = async {
+        loop {
+            let now = objects(&controller).await;
+            if now.get(&Kind::ServiceEntry) == Some(&2) {
+                return now.get(&Kind::Pod).copied();
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert_eq!(timeout(LONG, both).await.expect("the entry"), Some(1));
+    api.delete("serviceentries", "default", "selecting");
+    let none = async {
+        while objects(&controller).await.contains_key(&Kind::Pod) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LONG, none).await.expect("no Pods are held");
 }
 
 /// Writes status as the leader does.
@@ -315,7 +354,10 @@ async fn the_meshs_settings_are_followed_in_their_config_map() {
     put_mesh(&api, "proxyHttpPort: many");
     let mut findings = controller.cluster().unwrap().findings.clone();
     let told = findings.wait_for(|findings| {
-        findings.iter().flat_map(|all| all.iter()).any(|finding| finding.file.as_ref() == "ConfigMap istio-system/istio")
+        findings
+            .iter()
+            .flat_map(|all| all.iter())
+            .any(|finding| finding.file.as_ref() == "ConfigMap istio-system/istio")
     });
     timeout(LONG, told).await.expect("a finding").unwrap();
     port(15081).await;

@@ -31,8 +31,11 @@ const fn istio(kind: Kind, plural: &'static str, name: &'static str) -> Watched 
     Watched { kind, group: ISTIO, versions: ISTIO_VERSIONS, plural, name }
 }
 
-/// All of them. Nothing that Portolan compiles depends on a Namespace's own object, so none is asked for.
-pub static WATCHED: [Watched; 9] = [
+/// Pods, which are watched only while something selects them.
+pub static PODS: Watched = Watched { kind: Kind::Pod, group: "", versions: &["v1"], plural: "pods", name: "Pod" };
+
+/// All others. Nothing that Portolan compiles depends on a Namespace's own object, so none is asked for.
+pub static WATCHED: [Watched; 8] = [
     istio(Kind::ServiceEntry, "serviceentries", "ServiceEntry"),
     istio(Kind::WorkloadEntry, "workloadentries", "WorkloadEntry"),
     istio(Kind::VirtualService, "virtualservices", "VirtualService"),
@@ -47,7 +50,6 @@ pub static WATCHED: [Watched; 9] = [
         plural: "endpointslices",
         name: "EndpointSlice",
     },
-    Watched { kind: Kind::Pod, group: "", versions: &["v1"], plural: "pods", name: "Pod" },
 ];
 
 impl Watched {

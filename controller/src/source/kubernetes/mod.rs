@@ -3,6 +3,9 @@
 //! Each kind is followed by a task of its own; what they say comes together in one [`store`], and leaves it as batches of
 //! differences. Nothing is published before every kind was listed, so that a restarted controller never tells a proxy
 //! that something is gone which was only not listed yet; a kind that cannot be had is gone without, loudly.
+//!
+//! Pods are many, and endpoints of Services have them already: they are watched only while a ServiceEntry has a
+//! `workloadSelector`, the one thing that chooses Pods itself.
 
 mod follow;
 pub mod kinds;
@@ -11,6 +14,7 @@ pub mod status;
 pub mod store;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,9 +23,10 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, timeout_at};
 
-use self::kinds::WATCHED;
+use self::kinds::{PODS, WATCHED};
 use self::status::Status;
 use self::store::{Before, Event, Shared};
 use crate::model::{Change, Kind};
@@ -34,6 +39,8 @@ const QUEUE: usize = 1024;
 const BATCH: usize = 10_000;
 /// How long the API server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long the first entry that selects Pods waits for their list, so that it does not come into force without endpoints.
+const SELECTED: Duration = Duration::from_secs(5);
 
 /// Why there is no way to a cluster. All of them are the fault of the configuration.
 #[derive(Debug, Error)]
@@ -98,14 +105,28 @@ pub struct Batch {
 }
 
 /// The resources of a cluster. Ends its watches when it is dropped.
-#[derive(Debug)]
 pub struct KubernetesSource {
+    client: Client,
     store: Shared,
+    sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
     status: Status,
     /// Kinds that were not listed yet.
     missing: BTreeSet<Kind>,
-    _watches: JoinSet<()>,
+    /// How long to wait for them; at first, as long as it takes.
+    until: Option<Instant>,
+    /// Something was taken in that nobody was told, and how that was before.
+    taken: bool,
+    before: Before,
+    /// The watch of Pods, while they are needed.
+    pods: Option<AbortHandle>,
+    watches: JoinSet<()>,
+}
+
+impl fmt::Debug for KubernetesSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KubernetesSource").field("missing", &self.missing).finish_non_exhaustive()
+    }
 }
 
 impl KubernetesSource {
@@ -117,8 +138,19 @@ impl KubernetesSource {
         for watched in &WATCHED {
             watches.spawn(follow::follow(client.clone(), watched, sender.clone(), status.clone()));
         }
-        let missing = WATCHED.iter().map(|watched| watched.kind).collect();
-        KubernetesSource { store: Shared::default(), events, status, missing, _watches: watches }
+        KubernetesSource {
+            client: client.clone(),
+            store: Shared::default(),
+            sender,
+            events,
+            status,
+            missing: WATCHED.iter().map(|watched| watched.kind).collect(),
+            until: None,
+            taken: false,
+            before: Before::new(),
+            pods: None,
+            watches,
+        }
     }
 
     /// For others to look into; findings come by that channel.
@@ -129,33 +161,69 @@ impl KubernetesSource {
     /// Waits for changes; the first batch is everything there is. Nothing is lost if the future is dropped. A batch may
     /// be empty, where only a status has changed. `None`: the watches have ended.
     pub async fn next(&mut self) -> Option<Batch> {
-        let mut before = Before::new();
-        while !self.missing.is_empty() {
-            let event = self.events.recv().await?;
-            self.take(event, &mut before);
+        loop {
+            for _ in 0..BATCH {
+                let Ok(event) = self.events.try_recv() else { break };
+                self.take(event);
+            }
+            if self.taken && self.missing.is_empty() {
+                break;
+            }
+            let event = self.events.recv();
+            let event = match self.until {
+                None => event.await,
+                Some(until) => match timeout_at(until, event).await {
+                    Ok(event) => event,
+                    Err(_) => {
+                        tracing::warn!(kinds = ?self.missing, "not listed in time: the rest goes on without");
+                        self.missing.clear();
+                        self.until = None;
+                        continue;
+                    }
+                },
+            };
+            self.take(event?);
         }
-        // Everything so far is new: no need to remember what was before.
-        if !self.store.read().first_told() {
-            let mut store = self.store.write();
-            self.status.objects(&store.by_kind());
-            return Some(Batch { changes: store.all(), news: true });
-        }
-        let event = self.events.recv().await?;
-        self.take(event, &mut before);
-        for _ in 1..BATCH {
-            let Ok(event) = self.events.try_recv() else { break };
-            self.take(event, &mut before);
-        }
+        self.until = None;
+        self.taken = false;
+        let before = std::mem::take(&mut self.before);
         let mut store = self.store.write();
         self.status.objects(&store.by_kind());
-        Some(Batch { changes: store.changes(before), news: store.news() })
+        // At first everything is new, whatever was before.
+        let changes = if store.first_told() { store.changes(before) } else { store.all() };
+        Some(Batch { changes, news: store.news() })
     }
 
-    fn take(&mut self, event: Event, before: &mut Before) {
+    fn take(&mut self, event: Event) {
+        // A watch that was ended may have left something.
+        if event.kind() == Kind::Pod && self.pods.is_none() {
+            return;
+        }
         if let Event::Listed(kind, _) | Event::Unavailable(kind) = &event {
             self.missing.remove(kind);
         }
-        self.store.write().take(event, before);
+        self.taken = true;
+        let mut store = self.store.write();
+        store.take(event, &mut self.before);
+        match (store.selects_pods(), &self.pods) {
+            (true, None) => {
+                tracing::info!("an entry has a workloadSelector: Pods are watched");
+                self.status.needed(&PODS, true);
+                self.missing.insert(Kind::Pod);
+                self.until = store.first_told().then(|| Instant::now() + SELECTED);
+                let (client, sender, status) = (self.client.clone(), self.sender.clone(), self.status.clone());
+                self.pods = Some(self.watches.spawn(follow::follow(client, &PODS, sender, status)));
+            }
+            (false, Some(watch)) => {
+                tracing::info!("no entry has a workloadSelector: Pods are watched no more");
+                watch.abort();
+                self.pods = None;
+                self.missing.remove(&Kind::Pod);
+                store.take(Event::Listed(Kind::Pod, Vec::new()), &mut self.before);
+                self.status.needed(&PODS, false);
+            }
+            _ => {}
+        }
     }
 
     /// Resources in force.

@@ -101,6 +101,22 @@ pub enum Event {
     Unavailable(Kind),
 }
 
+impl Event {
+    /// What it is about.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Event::Listed(kind, _) | Event::Unavailable(kind) => *kind,
+            Event::Applied(read) => read.key.kind,
+            Event::Gone(key) => key.kind,
+        }
+    }
+}
+
+/// Whether the object chooses Pods by their labels.
+fn selects_pods(object: &Object) -> bool {
+    matches!(object, Object::ServiceEntry(entry) if entry.workload_selector.is_some())
+}
+
 /// The resources in force.
 #[derive(Debug, Default)]
 pub struct Store {
@@ -109,6 +125,8 @@ pub struct Store {
     findings: HashMap<ObjectKey, Vec<Finding>>,
     /// What has to be known to write the status of Istio's kinds, those that were refused included.
     known: HashMap<ObjectKey, Known>,
+    /// How many of the objects choose Pods.
+    selecting: usize,
     /// [`Store::all`] was called.
     told: bool,
     /// What there is to say of resources is not what it was.
@@ -147,7 +165,9 @@ impl Store {
             self.findings.insert(read.key.clone(), read.findings);
         }
         let Some(object) = read.object else { return };
+        self.selecting += usize::from(selects_pods(&object));
         let held = self.objects.insert(read.key.clone(), object);
+        self.selecting -= usize::from(held.as_ref().is_some_and(selects_pods));
         before.entry(read.key).or_insert(held);
     }
 
@@ -155,6 +175,7 @@ impl Store {
         self.known.remove(&key);
         self.news |= self.findings.remove(&key).is_some();
         let held = self.objects.remove(&key);
+        self.selecting -= usize::from(held.as_ref().is_some_and(selects_pods));
         before.entry(key).or_insert(held);
     }
 
@@ -167,6 +188,11 @@ impl Store {
             (None, None) => None,
         };
         before.into_iter().filter_map(change).collect()
+    }
+
+    /// Whether anything chooses Pods by their labels.
+    pub fn selects_pods(&self) -> bool {
+        self.selecting > 0
     }
 
     /// Whether [`Store::all`] was called.
