@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh: the scenarios with a real Envoy and with proxy-host, both with a controller of their own, the way out by an
-# egress gateway, its certificates, and the quick start.
+# egress gateway, its certificates and those of clients, and the quick start.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../rig-env.sh
@@ -11,5 +11,6 @@ python scenarios.py proxy-host || failed=1
 wait "$first" || failed=1
 python two_hop.py proxy-host envoy || failed=1
 python gateway_files.py proxy-host envoy || failed=1
+python client_files.py proxy-host envoy || failed=1
 python quickstart.py || failed=1
 exit "$failed"

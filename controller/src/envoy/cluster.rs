@@ -20,12 +20,14 @@ use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::{
 };
 use prost::{Message, Name};
 
-use super::any;
 use super::chains::HASH_HEADER;
+use super::{any, client_tls};
 
 /// Fits a cluster to an Envoy.
 pub fn adapt(cluster: &mut Cluster) {
     share_cache(cluster);
+    let sockets = cluster.transport_socket_matches.iter_mut().filter_map(|one| one.transport_socket.as_mut());
+    cluster.transport_socket.iter_mut().chain(sockets).for_each(client_tls::renew_files);
     if [LbPolicy::RingHash, LbPolicy::Maglev].iter().any(|policy| cluster.lb_policy == i32::from(*policy)) {
         remove_hash(cluster);
     }

@@ -2,6 +2,7 @@
 
 pub mod bootstrap;
 mod chains;
+mod client_tls;
 mod cluster;
 pub mod listeners;
 pub mod server_tls;

@@ -33,7 +33,7 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
             "" => (one.certificate.clone(), one.key.clone()),
             secret => (within(credentials, secret, "tls.crt"), within(credentials, secret, "tls.key")),
         };
-        named(format!("{CERTIFICATE}{certificate}~{key}"))
+        certificate_named(&certificate, &key)
     });
     let ca = if tls.ca_of_secret { within(credentials, &tls.ca, "ca.crt") } else { tls.ca.clone() };
     let exact = |name: &String| StringMatcher {
@@ -54,7 +54,7 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
         "" => tls.any_client.then_some(ValidationContextType::ValidationContext(validation)),
         ca => Some(ValidationContextType::CombinedValidationContext(CombinedCertificateValidationContext {
             default_validation_context: Some(validation),
-            validation_context_sds_secret_config: Some(named(format!("{AUTHORITIES}{ca}"))),
+            validation_context_sds_secret_config: Some(authorities_named(ca)),
             ..CombinedCertificateValidationContext::default()
         })),
     };
@@ -81,8 +81,14 @@ pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::Transp
     }
 }
 
-fn named(name: String) -> SdsSecretConfig {
-    SdsSecretConfig { name, sds_config: Some(aggregated()) }
+/// Asks for the secret that is this certificate and key.
+pub(super) fn certificate_named(certificate: &str, key: &str) -> SdsSecretConfig {
+    SdsSecretConfig { name: format!("{CERTIFICATE}{certificate}~{key}"), sds_config: Some(aggregated()) }
+}
+
+/// Asks for the secret that is these authorities.
+pub(super) fn authorities_named(file: &str) -> SdsSecretConfig {
+    SdsSecretConfig { name: format!("{AUTHORITIES}{file}"), sds_config: Some(aggregated()) }
 }
 
 /// The secret of a name; `None` where it is none of ours.
