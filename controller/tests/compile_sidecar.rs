@@ -152,3 +152,48 @@ fn a_sidecar_that_comes_and_goes() {
     assert_eq!(compiler.digest(), digest);
     assert!(compiler.plans().contains_key(&8080));
 }
+
+#[test]
+fn a_socket_of_its_own_takes_nothing_from_captured_connections() {
+    let spec = "egress: [{port: {number: 80, protocol: HTTP}, bind: 127.0.0.1, captureMode: NONE, hosts: ['other/*']}]";
+    let w = with(&[("default", spec)]);
+    assert_eq!(w.http("127.0.0.1:80", "b.com"), "outbound|80||b.com");
+    assert_eq!(w.http("127.0.0.1:80", "a.com"), "502");
+    let plan = &w.compiler.plans()[&80];
+    assert!(plan.wildcard.is_none() && plan.addresses.is_empty());
+    let [listener] = &plan.gateway[..] else { panic!("{plan:?}") };
+    assert_eq!((listener.bind.as_str(), listener.inspects, listener.sniffs_http), ("127.0.0.1", false, false));
+    assert!(matches!(&listener.servers[..], [server] if server.http));
+}
+
+#[test]
+fn a_socket_speaks_what_the_sidecar_says() {
+    let spec = "egress: [{port: {number: 80, protocol: TCP}, captureMode: NONE, hosts: ['other/b.com']}]";
+    let w = with(&[("default", spec)]);
+    assert_eq!(w.tcp("127.0.0.1:80"), "outbound|80||b.com", "the address is that of the host itself");
+    assert!(matches!(&w.compiler.plans()[&80].gateway[0].servers[..], [server] if !server.http));
+}
+
+#[test]
+fn all_ports_have_sockets_where_the_listener_names_none() {
+    let spec = "egress: [{bind: 127.0.0.9, captureMode: NONE, hosts: ['*/*']}]";
+    let w = with(&[("default", spec)]);
+    assert_eq!(w.http("127.0.0.9:8080", "a.com"), "outbound|8080||a.com");
+    assert_eq!(
+        w.tls("127.0.0.9:443", "b.com"),
+        "outbound|443||*.w.com",
+        "any name goes to the first, as to an address"
+    );
+    assert_eq!(w.tcp("127.0.0.9:9000"), "outbound|9000||t.com");
+    assert_eq!(w.tcp("10.20.0.1:9000"), "502");
+}
+
+#[test]
+fn redirected_connections_to_the_address_of_a_listener() {
+    let spec = "egress: [{port: {number: 80, protocol: HTTP}, bind: 10.9.9.9, hosts: ['other/*']}, {hosts: ['./*']}]";
+    let w = with(&[("default", spec)]);
+    assert_eq!(w.http("10.9.9.9:80", "b.com"), "outbound|80||b.com");
+    assert_eq!(w.tcp("10.9.9.9:80"), "502");
+    assert_eq!(w.plan(80), "- 10.9.9.9/http");
+    assert_eq!(w.http(&at(8080), "a.com"), "outbound|8080||a.com");
+}

@@ -582,11 +582,9 @@ async fn serve(
         let listener = listener::listen(socket).map_err(|error| AppError::Bind { address, error })?;
         exec::spawn(listener::accept(worker.clone(), listener, kind));
     }
-    if worker.config.identity.role == Role::Gateway {
-        let mut ports = listener::gateway::Ports::default();
-        ports.follow(&worker);
-        exec::spawn(ports.run(worker.clone()));
-    }
+    let mut ports = listener::gateway::Ports::default();
+    ports.follow(&worker);
+    exec::spawn(ports.run(worker.clone()));
     say(Report::Listening);
     if !early {
         tracing::warn!(worker = index, "no configuration from the controller yet; requests are refused until it comes");

@@ -57,6 +57,8 @@ pub enum Via {
     Captured,
     /// By an HTTP proxy listener.
     HttpProxy,
+    /// By a socket of a Sidecar's egress listener.
+    Egress,
     /// By a port of a gateway.
     Gateway {
         /// Name of the server's filter chain.
@@ -94,6 +96,7 @@ impl Properties for Connection {
             [b"xds", b"filter_chain_name"] => Some(Cow::Borrowed(match &self.via {
                 Via::Captured => b"captured",
                 Via::HttpProxy => b"http_proxy",
+                Via::Egress => b"egress",
                 Via::Gateway { chain, .. } => chain.as_bytes(),
             })),
             _ => None,

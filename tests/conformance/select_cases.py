@@ -8,7 +8,6 @@ LEFT_OUT = {
     "dr-outlier-default-gateway-errors": "proxy-host ejects nobody yet",
     "dr-tls-simple-http": "proxy-host asks for the server by the name as the client spelt it",
     "seed-mongo-mutual-tls": "proxy-host: TLS of TCP clusters on ports where the server speaks first",
-    "sidecar-port-bind": "a Sidecar's listener with a socket of its own",
 }
 
 here = pathlib.Path(__file__).resolve().parent

@@ -52,6 +52,8 @@ pub(crate) struct Chain {
     pub(crate) http: bool,
     /// A chain for everything else.
     pub(crate) tcp: bool,
+    /// The listener has a socket of its own.
+    pub(crate) bound: bool,
 }
 
 /// What a host name puts on a wildcard listener.
@@ -128,26 +130,33 @@ impl Group {
     fn add_chains(&mut self, index: usize, around: &Around<'_>) {
         let Around { members, workloads, cx, .. } = *around;
         let Some(service) = self.resolved.services.get(index).cloned() else { return };
-        for port in service.ports() {
+        let places = service.ports().flat_map(|port| service.places(port.number).into_iter().map(move |at| (port, at)));
+        for (port, place) in places {
+            let protocol = place.protocol.unwrap_or(port.protocol);
             let blank = Chain {
                 service: index,
                 address: 0,
                 port: port.number,
-                protocol: port.protocol,
-                bind: Bind::Wildcard,
+                protocol,
+                bind: place.address.map_or(Bind::Wildcard, Bind::Address),
                 sni: None,
                 within: None,
                 routed: None,
                 http: false,
                 tcp: false,
+                bound: place.bound,
             };
-            if http_class(port.protocol) {
+            if http_class(protocol) {
                 if !OWN_PORTS.contains(&port.number) {
                     self.chains.push(Chain { http: true, ..blank });
                 }
                 continue;
             }
-            let http = port.protocol == Protocol::Auto;
+            let http = protocol == Protocol::Auto;
+            if place.address.is_some() {
+                self.put(&service, Chain { http, tcp: true, ..blank }, around);
+                continue;
+            }
             for (address, addr) in (0..).zip(&service.addresses) {
                 let chain = Chain { address, http, tcp: true, ..blank.clone() };
                 match addr {

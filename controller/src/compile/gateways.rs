@@ -222,7 +222,7 @@ impl<'w> Work<'w> {
         self.put_chains(port, bind, chains);
         if !plan.is_empty() {
             let inspects = servers.iter().any(|server| server.class.by_name());
-            let gateway = GatewayListener { bind: bind.to_owned(), servers: plan, inspects };
+            let gateway = GatewayListener { bind: bind.to_owned(), servers: plan, inspects, sniffs_http: false };
             let of =
                 self.out.plans.entry(port).or_insert_with(|| ListenerPlan { port: port.into(), ..Default::default() });
             of.gateway.push(gateway);

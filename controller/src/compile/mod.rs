@@ -6,6 +6,7 @@
 //! of the keys that either touched; nothing else is looked at.
 
 mod chains;
+mod conflicts;
 mod delegates;
 mod gateway_commit;
 mod gateway_servers;
@@ -13,8 +14,10 @@ mod gateway_tls;
 pub mod gateways;
 mod http_routes;
 mod l4_routes;
+mod members;
 mod names;
 pub mod needs;
+mod others;
 mod ports;
 mod rows;
 pub mod rules;
@@ -28,57 +31,22 @@ use std::sync::Arc;
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::v1::{DnsName, Inspection, ListenerPlan};
 use portolan_registry::object::{ClusterName, Namespace};
-use portolan_registry::route::HashKey;
 use portolan_registry::row::{CatchAll, Choice, Globals, Origin, Row, RowKey};
 use portolan_registry::write::{self, PageId, Writer};
 
 use self::chains::{Around, Group};
+use self::conflicts::note_losers;
+pub use self::conflicts::{Conflict, ConflictRule};
 use self::gateways::Gateways;
-use self::http_routes::Others;
 use self::needs::Needs;
-use self::ports::PortState;
+use self::others::Registry;
+use self::ports::{At, PortState};
 use self::rules::Rules;
-use self::service::{Context, Member, Source, group_key, kube_host};
+use self::service::{Context, Member, group_key};
 use self::sidecar::Sidecars;
 use self::virtual_services::VirtualServices;
-use crate::api::destination_rule::DestinationRule;
 use crate::cluster::{self, endpoints::Workloads};
-use crate::model::{Change, Checked, MeshConfig, Object, ObjectKey, OutboundMode, Scope, Service};
-use crate::validate::predicates;
-
-/// Claims that met, and who lost.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Conflict {
-    /// What was claimed: a host and port, an address, a prefix or a port.
-    pub subject: String,
-    /// The rule that decided.
-    pub rule: ConflictRule,
-    /// Who has it now; `None`: nobody.
-    pub winner: Option<Origin>,
-    /// Who lost it, in the order of precedence; not all, if they are many.
-    pub losers: Vec<Origin>,
-}
-
-/// Why a claim was lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ConflictRule {
-    /// One host and port, claimed more than once: own namespace, then Kubernetes, then the oldest.
-    Host,
-    /// One server name and port: the oldest.
-    ServerName,
-    /// One address and port: the oldest.
-    Address,
-    /// One destination prefix and port: the oldest.
-    Prefix,
-    /// Everything on a port: the oldest.
-    Port,
-    /// MONGO and MYSQL share a port with nobody.
-    Protocol,
-    /// A partial wildcard cannot be matched on a TLS port.
-    PartialWildcard,
-    /// The name cannot be looked up, or what it means is too large for a page.
-    Refused,
-}
+use crate::model::{Change, MeshConfig, Object, ObjectKey, OutboundMode, Scope, Service};
 
 /// What a [`Compiler::commit`] did.
 #[derive(Debug, Clone, Default)]
@@ -217,183 +185,6 @@ impl Compiler {
         }
     }
 
-    fn apply_one(&mut self, change: &Change) {
-        match change {
-            Change::Delete(key) => {
-                if let Some(old) = self.objects.remove(key) {
-                    self.leave(&old);
-                }
-            }
-            Change::Apply(object) => {
-                match self.objects.insert(object.key(), object.clone()) {
-                    Some(old) if old == *object => return,
-                    Some(old) => self.leave(&old),
-                    None => {}
-                }
-                self.join(object);
-            }
-        }
-    }
-
-    /// What an object is to host names: members of a group each, or an alias of one.
-    fn members(&self, object: &Object) -> Vec<(Arc<str>, Member, bool)> {
-        let keyed = |host: &str, source: Source| {
-            let key: Arc<str> = group_key(host).into();
-            let host = if *key == *host { key.clone() } else { host.into() };
-            (key, Member { source, host })
-        };
-        match object {
-            Object::ServiceEntry(entry) => {
-                let mut out: Vec<(Arc<str>, Member, bool)> = Vec::with_capacity(entry.hosts.len());
-                for host in &entry.hosts {
-                    let (key, member) = keyed(host, Source::Entry(entry.clone()));
-                    if !out.iter().any(|(k, ..)| *k == key) {
-                        out.push((key, member, false));
-                    }
-                }
-                out
-            }
-            Object::Service(service) => {
-                let host = kube_host(service, &self.cx);
-                let (key, member) = keyed(&host, Source::Kube(service.clone()));
-                match &service.external_name {
-                    Some(target) => vec![(group_key(target).into(), member, true)],
-                    None => vec![(key, member, false)],
-                }
-            }
-            _ => Vec::new(),
-        }
-    }
-
-    fn join(&mut self, object: &Object) {
-        if let Object::Sidecar(sidecar) = object {
-            self.sidecars.insert(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
-            return self.choose_sidecar();
-        }
-        if let Object::DestinationRule(rule) = object {
-            self.touch_clusters(rule);
-            self.rules.insert(rule);
-            return self.touch_clusters(rule);
-        }
-        if let Object::VirtualService(object) = object {
-            return self.virtual_services.insert(object);
-        }
-        if let Object::Gateway(gateway) = object {
-            return self.gateways.insert(gateway, &self.cx.scope);
-        }
-        for (key, member, alias) in self.members(object) {
-            self.touch(&key);
-            if let (true, Source::Kube(service)) = (alias, &member.source) {
-                self.aliases.insert(group_key(&member.host).into(), Arc::clone(service));
-                // Routes name the alias.
-                self.touch(&group_key(&member.host).into());
-            }
-            if member.source.is_kube() || selects(&member.source) {
-                let namespace = member.source.meta().namespace.clone();
-                self.selecting.entry(namespace).or_default().insert(key.clone());
-            }
-            let state = self.hosts.entry(key).or_default();
-            if alias { &mut state.aliases } else { &mut state.members }.push(member);
-        }
-        self.touch_selecting(object);
-        self.workloads.insert(object);
-    }
-
-    fn leave(&mut self, object: &Object) {
-        if let Object::Sidecar(sidecar) = object {
-            self.sidecars.remove(sidecar, &self.cx.scope, &self.cx.mesh.root_namespace);
-            return self.choose_sidecar();
-        }
-        if let Object::DestinationRule(rule) = object {
-            self.touch_clusters(rule);
-            self.rules.remove(rule);
-            return self.touch_clusters(rule);
-        }
-        if let Object::VirtualService(object) = object {
-            return self.virtual_services.remove(object);
-        }
-        if let Object::Gateway(gateway) = object {
-            return self.gateways.remove(gateway);
-        }
-        let gone = object.key();
-        for (key, member, alias) in self.members(object) {
-            self.touch(&key);
-            if alias {
-                let own: Arc<str> = group_key(&member.host).into();
-                self.aliases.remove(&own);
-                self.touch(&own);
-            }
-            let namespace = &member.source.meta().namespace;
-            let Some(state) = self.hosts.get_mut(&key) else { continue };
-            let stays = |m: &Member| {
-                let meta = m.source.meta();
-                m.source.is_kube() != member.source.is_kube()
-                    || meta.name != gone.name
-                    || meta.namespace != gone.namespace
-            };
-            state.members.retain(stays);
-            state.aliases.retain(stays);
-            let still =
-                |m: &Member| m.source.meta().namespace == *namespace && (m.source.is_kube() || selects(&m.source));
-            if !state.members.iter().any(still)
-                && let Some(hosts) = self.selecting.get_mut(namespace)
-            {
-                hosts.remove(&key);
-            }
-        }
-        self.touch_selecting(object);
-        self.workloads.remove(object);
-    }
-
-    /// Notes the hosts that a rule may be about.
-    fn touch_clusters(&mut self, rule: &Checked<DestinationRule>) {
-        let of = rules::expand(&rule.spec.host, &rule.meta.namespace, &self.cx.mesh.cluster_domain);
-        let of = group_key(&of).into_owned();
-        let about = |host: &&Arc<str>| predicates::is_host_subset(host, &of);
-        let hosts: Vec<Arc<str>> = self.hosts.keys().filter(about).cloned().collect();
-        if self.rules.hash() {
-            self.gateways.dirty = true;
-            hosts.iter().for_each(|host| self.touch(host));
-        }
-        self.dirty_clusters.extend(hosts);
-    }
-
-    /// Withdraws what the hosts claim that take a workload for an endpoint, before it comes or goes.
-    fn touch_selecting(&mut self, object: &Object) {
-        let Some(workload) = Workloads::labels(object) else { return };
-        let Some(hosts) = self.selecting.get(&object.meta().namespace) else { return };
-        let takes = |key: &&Arc<str>| {
-            self.hosts.get(*key).is_some_and(|s| s.members.iter().any(|m| workload.selected_by(&m.source)))
-        };
-        let touched: Vec<Arc<str>> = hosts.iter().filter(takes).cloned().collect();
-        for key in touched {
-            self.touch(&key);
-        }
-    }
-
-    /// Withdraws what a host name claims now; what it claims then is made at the commit.
-    fn touch(&mut self, key: &Arc<str>) {
-        if !self.dirty_hosts.insert(key.clone()) {
-            return;
-        }
-        let aliases = self.hosts.get(key).into_iter().flat_map(|state| &state.aliases);
-        self.dirty_hosts.extend(aliases.map(|alias| group_key(&alias.host).into()));
-        let Some(group) = self.group(key) else { return };
-        for row in group.foreign_rows() {
-            if let Some(hosts) = self.claimants.get_mut(&row) {
-                hosts.remove(key);
-                if hosts.is_empty() {
-                    self.claimants.remove(&row);
-                }
-            }
-            self.dirty_rows.insert(row);
-        }
-        for (port, order, _) in group.port_claims() {
-            self.ports.entry(port).or_default().remove(&order);
-            self.dirty_ports.insert(port);
-        }
-    }
-
     fn group(&self, key: &str) -> Option<Group> {
         // A gateway has what its Gateways say.
         if self.cx.gateway() {
@@ -456,14 +247,10 @@ impl Compiler {
         }
         self.settle_ports();
         for key in std::mem::take(&mut self.dirty_rows) {
-            let row = self.row(&key);
+            let (row, at) = self.row(&key);
             match &key {
                 RowKey::Address(address, port) => {
-                    let told_apart = row.as_ref().map(|r| match r {
-                        Row::Address { http, sni, .. } => Inspection { http: http.is_some(), tls: !sni.is_empty() },
-                        _ => Inspection::default(),
-                    });
-                    self.ports.entry(*port).or_default().set_address(*address, told_apart);
+                    self.ports.entry(*port).or_default().set_address(*address, at);
                     self.dirty_ports.insert(*port);
                 }
                 RowKey::Prefix(port, net) => {
@@ -549,20 +336,22 @@ impl Compiler {
         }
     }
 
-    fn row(&self, key: &RowKey) -> Option<Row> {
+    /// The row of a key, and how an address listens.
+    fn row(&self, key: &RowKey) -> (Option<Row>, Option<At>) {
         let others: Vec<Arc<Group>> =
             self.claimants.get(key).into_iter().flatten().filter_map(|h| self.group(h).map(Arc::new)).collect();
         let mode = |port: u16| self.ports.get(&port).map(PortState::mode).unwrap_or_default();
-        match key {
+        let row = match key {
             RowKey::Host(pattern) => {
                 let own = self.group(&pattern.to_string());
                 let only = self.virtual_services.only(&pattern.to_string());
                 rows::host(pattern, own.as_ref(), &others, only, mode)
             }
-            RowKey::Address(address, port) => rows::address(*address, *port, &others),
+            RowKey::Address(address, port) => return rows::address(*address, *port, &others).unzip(),
             RowKey::Prefix(port, net) => rows::prefix(*port, *net, &others, mode(*port)),
             RowKey::Port(_) | RowKey::Globals | RowKey::Table(_) | RowKey::Routes(..) => None,
-        }
+        };
+        (row, None)
     }
 
     fn commit_port(&mut self, port: u16, update: &mut Update) {
@@ -607,19 +396,6 @@ impl Compiler {
             self.writer.remove(key);
             let subject = format!("{key:?}: {error}");
             conflicts.push(Conflict { subject, rule: ConflictRule::Refused, winner: None, losers: Vec::new() });
-        }
-    }
-
-    fn note_refusals(&self, key: &str, group: &Group, conflicts: &mut Vec<Conflict>) {
-        let mut note = |subject: &str, rule, losers| {
-            conflicts.push(Conflict { subject: subject.to_owned(), rule, winner: None, losers });
-        };
-        if group.pattern.is_none() {
-            let losers = group.resolved.services.iter().map(|s| s.member.source.origin()).collect();
-            note(key, ConflictRule::Refused, losers);
-        }
-        for (origin, pattern) in &group.dropped {
-            note(pattern, ConflictRule::PartialWildcard, vec![origin.clone()]);
         }
     }
 
@@ -671,87 +447,5 @@ impl Compiler {
         let resolved = service::resolve(&state.members, &state.aliases, &self.cx)?;
         let rule = |namespace: &str, host: &str| self.rules.of(namespace, host, &self.cx);
         cluster::build(name, &named, &resolved, &state.members, &self.workloads, &self.cx, rule)
-    }
-}
-
-/// All that routes may ask about the hosts that they lead to.
-struct Registry<'c> {
-    hosts: &'c HashMap<Arc<str>, HostState>,
-    aliases: &'c HashMap<Arc<str>, Arc<Service>>,
-    rules: &'c Rules,
-    cx: &'c Context,
-}
-
-impl Registry<'_> {
-    fn resolve(&self, host: &str) -> Option<service::Resolved> {
-        let state = self.hosts.get(&*group_key(host))?;
-        service::resolve(&state.members, &state.aliases, self.cx)
-    }
-}
-
-impl Others for Registry<'_> {
-    fn only_port(&self, host: &str) -> Option<u16> {
-        match self.resolve(host)?.ports.as_slice() {
-            [only] => Some(only.number),
-            _ => None,
-        }
-    }
-
-    fn alias(&self, host: &str) -> Option<(String, Option<u16>)> {
-        let service = self.aliases.get(&*group_key(host))?;
-        let port = match service.ports.as_slice() {
-            [only] => Some(only.number),
-            _ => None,
-        };
-        Some((service.external_name.clone()?, port))
-    }
-
-    fn hash(&self, host: &str, port: u16, subset: &str, by_port: bool) -> Option<HashKey> {
-        if !self.rules.hash() {
-            return None;
-        }
-        let resolved = self.resolve(host)?;
-        let owner = resolved.ports.iter().find(|owner| owner.number == port);
-        let base = &resolved.services.get(owner.map_or(0, |owner| owner.base))?.member;
-        self.rules.of(&base.source.meta().namespace, &base.host, self.cx)?.hash(port, subset, by_port)
-    }
-}
-
-/// Does the source take workloads for endpoints?
-fn selects(source: &Source) -> bool {
-    match source {
-        Source::Entry(entry) => entry.workload_selector.is_some(),
-        Source::Kube(_) => true,
-    }
-}
-
-fn note_losers(row: &Row, conflicts: &mut Vec<Conflict>) {
-    let mut note = |subject: String, rule, choice: Option<&Choice>| {
-        if let Some(choice) = choice.filter(|c| !c.losers.is_empty()) {
-            let (winner, losers) = (Some(choice.winner.clone()), choice.losers.clone());
-            conflicts.push(Conflict { subject, rule, winner, losers });
-        }
-    };
-    match row {
-        Row::Host { pattern, ports } => {
-            for p in ports {
-                let host = p.http.as_ref().or(p.proxy.as_ref());
-                note(format!("{pattern}:{}", p.port), ConflictRule::Host, host);
-                let same = matches!((host, &p.sni), (Some(h), Some(s)) if h.winner == s.winner && h.losers == s.losers);
-                let sni = p.sni.as_ref().filter(|_| !same);
-                note(format!("{pattern}:{}", p.port), ConflictRule::ServerName, sni);
-            }
-        }
-        Row::Address { address, port, tcp, .. } => {
-            note(std::net::SocketAddr::new(*address, *port).to_string(), ConflictRule::Address, tcp.as_ref());
-        }
-        Row::Prefix { port, net, tcp, sni } => {
-            note(format!("{net} port {port}"), ConflictRule::Prefix, tcp.as_ref());
-            for (name, choice) in sni {
-                note(format!("{net} port {port} server name {name}"), ConflictRule::Prefix, Some(choice));
-            }
-        }
-        Row::Port { port, tcp, .. } => note(format!("port {port}"), ConflictRule::Port, tcp.as_ref()),
-        Row::Globals(_) | Row::Table { .. } | Row::Routes { .. } => {}
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use portolan_proto::v1::{AddressListener, Inspection, ListenerPlan};
+use portolan_proto::v1::{AddressListener, GatewayListener, GatewayServer, Inspection, ListenerPlan};
 
 use super::chains::PortClaim;
 use super::service::Order;
@@ -38,6 +38,40 @@ fn alone(protocol: Protocol) -> bool {
     matches!(protocol, Protocol::Mongo | Protocol::Mysql)
 }
 
+/// The listener of one address.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct At {
+    /// What is told apart there.
+    pub(crate) inspection: Inspection,
+    /// All is HTTP, whatever its bytes.
+    pub(crate) only_http: bool,
+    /// It has a socket of its own.
+    pub(crate) bound: bool,
+}
+
+impl At {
+    fn captured(&self, address: IpAddr) -> Option<AddressListener> {
+        let inspection = Some(self.inspection);
+        (!self.bound).then(|| AddressListener { address: address.to_string(), inspection })
+    }
+
+    fn socket(&self, address: IpAddr) -> Option<GatewayListener> {
+        let chain = |http: bool| GatewayServer {
+            name: if http { "http" } else { "tcp" }.to_owned(),
+            http,
+            ..GatewayServer::default()
+        };
+        let http = self.inspection.http.then(|| chain(true));
+        let tcp = (!self.only_http).then(|| chain(false));
+        self.bound.then(|| GatewayListener {
+            bind: address.to_string(),
+            servers: http.into_iter().chain(tcp).collect(),
+            inspects: self.inspection.tls,
+            sniffs_http: self.inspection.http && !self.only_http,
+        })
+    }
+}
+
 /// All that is known of one port.
 #[derive(Debug, Default)]
 pub(crate) struct PortState {
@@ -52,8 +86,8 @@ pub(crate) struct PortState {
     mode: Mode,
     /// Prefixes that have a row, and whether server names are asked for there.
     nets: BTreeMap<IpNet, bool>,
-    /// Addresses that have a row, and what is told apart there.
-    addresses: BTreeMap<IpAddr, Inspection>,
+    /// Addresses that have a row, and how they listen.
+    addresses: BTreeMap<IpAddr, At>,
 }
 
 impl PortState {
@@ -126,9 +160,9 @@ impl PortState {
     }
 
     /// Notes what became of the row of an address.
-    pub(crate) fn set_address(&mut self, address: IpAddr, told_apart: Option<Inspection>) {
-        match told_apart {
-            Some(told_apart) => drop(self.addresses.insert(address, told_apart)),
+    pub(crate) fn set_address(&mut self, address: IpAddr, at: Option<At>) {
+        match at {
+            Some(at) => drop(self.addresses.insert(address, at)),
             None => drop(self.addresses.remove(&address)),
         }
     }
@@ -147,16 +181,9 @@ impl PortState {
             port: port.into(),
             wildcard,
             tcp_prefixes: self.nets.keys().map(ToString::to_string).collect(),
-            addresses: self
-                .addresses
-                .iter()
-                .map(|(address, told_apart)| AddressListener {
-                    address: address.to_string(),
-                    inspection: Some(*told_apart),
-                })
-                .collect(),
+            addresses: self.addresses.iter().filter_map(|(address, at)| at.captured(*address)).collect(),
             dials_server_names: dials,
-            gateway: Vec::new(),
+            gateway: self.addresses.iter().filter_map(|(address, at)| at.socket(*address)).collect(),
         })
     }
 }

@@ -5,13 +5,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use portolan_proto::v1::Inspection;
 use portolan_registry::name::HostPattern;
 use portolan_registry::object::ClusterName;
 use portolan_registry::row::{Choice, HostPort, MAX_LOSERS, Origin, Row};
 
 use super::chains::{Bind, Chain, Group};
-use super::ports::Mode;
-use super::service::Order;
+use super::ports::{At, Mode};
+use super::service::{Order, http_class};
 use super::virtual_services::Routed;
 use crate::model::Protocol;
 
@@ -78,7 +79,7 @@ fn server_name(groups: &[&Group], pattern: &HostPattern, port: u16, mode: Mode) 
 }
 
 /// The row of a listener of one address; none where nothing claims it.
-pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Option<Row> {
+pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Option<(Row, At)> {
     let groups = || groups.iter().map(Arc::as_ref);
     let mut ranked = ranked(groups(), |c| c.port == port && c.bind == Bind::Address(address));
     let mode = Mode::of(ranked.first()?.1.protocol);
@@ -88,7 +89,12 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
     let longest = |c: &Chain| c.within.map(|net| net.prefix_len());
     let deepest = ranked.iter().map(|(_, c, _)| longest(c)).max().flatten();
     ranked.retain(|(_, c, _)| longest(c) == deepest);
-    let sniffed: Vec<Ranked<'_>> = ranked.iter().filter(|(_, c, _)| c.http).cloned().collect();
+    // HTTP on an address has the virtual hosts of the port.
+    let hosts = ranked.iter().any(|(_, c, _)| http_class(c.protocol));
+    let bound = ranked.iter().any(|(_, c, _)| c.bound);
+    let only_http = bound && ranked.iter().all(|(_, c, _)| http_class(c.protocol));
+    let sniffed: Vec<Ranked<'_>> =
+        ranked.iter().filter(|(_, c, _)| c.http && !http_class(c.protocol)).cloned().collect();
     let http = first(&sniffed).map(|mut choice| {
         let Some((_, chain, group)) = sniffed.first() else { return choice };
         if !single_route(group, chain) {
@@ -102,7 +108,8 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
     });
     let (plain, sni) = by_server_name(&ranked);
     let plain: Vec<Ranked<'_>> = plain.into_iter().filter(|(_, c, _)| c.tcp).collect();
-    Some(Row::Address { address, port, http, tcp: first(&plain), sni })
+    let inspection = Inspection { http: http.is_some() || hosts, tls: !sni.is_empty() };
+    Some((Row::Address { address, port, http, tcp: first(&plain), sni }, At { inspection, only_http, bound }))
 }
 
 /// Whether the sniffed listeners of a host name have the one virtual host that they are to have. Istio names their

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::row::{Origin, OriginKind};
 
-use super::sidecar::Imports;
+use super::sidecar::{Imports, Place};
 use crate::model::{
     MeshConfig, Meta, OutboundMode, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort,
 };
@@ -191,14 +191,22 @@ pub(crate) struct Spoken {
     pub(crate) member: Member,
     pub(crate) public: bool,
     pub(crate) addresses: Vec<Addr>,
-    /// The ports that the subscriber's Sidecar imports; `None`: all.
-    imported: Option<Vec<u16>>,
+    /// The ports that the subscriber's Sidecar imports, each with the listener's place; `None`: all.
+    imported: Option<Vec<(u16, Place)>>,
 }
 
 impl Spoken {
     pub(crate) fn ports(&self) -> impl Iterator<Item = &ServicePort> {
-        let imported = |port: &&ServicePort| self.imported.as_ref().is_none_or(|some| some.contains(&port.number));
+        let imported = |port: &&ServicePort| {
+            self.imported.as_ref().is_none_or(|some| some.iter().any(|(number, _)| *number == port.number))
+        };
         self.member.source.ports().iter().filter(|p| p.protocol != Protocol::Udp).filter(imported)
+    }
+
+    /// The listeners that a port is on.
+    pub(crate) fn places(&self, port: u16) -> Vec<Place> {
+        let Some(imported) = &self.imported else { return vec![Place::default()] };
+        imported.iter().filter(|(number, _)| *number == port).map(|(_, place)| *place).collect()
     }
 
     pub(crate) fn port(&self, number: u16) -> Option<&ServicePort> {
@@ -268,7 +276,7 @@ pub(crate) fn resolve(members: &[Member], aliases: &[Member], cx: &Context) -> O
 /// The services that the listeners of a Sidecar have, each with its ports, and those that they hide. Each listener
 /// decides for itself which namespace speaks for the host.
 fn imported(list: Vec<Spoken>, imports: &Imports, own: &str) -> Option<(Vec<Spoken>, Vec<Spoken>)> {
-    let mut taken: Vec<Option<Vec<u16>>> = vec![None; list.len()];
+    let mut taken: Vec<Option<Vec<(u16, Place)>>> = vec![None; list.len()];
     for listener in &imports.listeners {
         let has = |s: &&Spoken| {
             let namespace = &s.member.source.meta().namespace;
@@ -279,14 +287,20 @@ fn imported(list: Vec<Spoken>, imports: &Imports, own: &str) -> Option<(Vec<Spok
             if !has(&service) || service.member.source.meta().namespace.as_str() != namespace {
                 continue;
             }
-            // What has an address of its own is bound there, and in nobody's way.
-            let elsewhere = service.addresses.iter().all(|address| matches!(address, Addr::Ip(..)));
-            let free = |port: &ServicePort| !imports.is_taken(port.number) || elsewhere && !http_class(port.protocol);
+            // What has an address of its own is there, and in nobody's way.
+            let elsewhere = listener.place.address.is_some()
+                || service.addresses.iter().all(|address| matches!(address, Addr::Ip(..)));
             let ports = service.ports().filter(|port| match listener.port {
                 Some(number) => port.number == number,
-                None => free(port),
+                // Virtual hosts are the port's, whichever of its listeners they came by.
+                None if http_class(port.protocol) => {
+                    let known = taken.iter().flatten().any(|(number, _)| *number == port.number);
+                    !imports.is_taken_everywhere(port.number) && (known || !imports.is_taken(port.number))
+                }
+                None => elsewhere || !imports.is_taken_everywhere(port.number),
             });
-            taken.get_or_insert_default().extend(ports.map(|port| port.number));
+            let ports: Vec<u16> = ports.map(|port| port.number).collect();
+            taken.get_or_insert_default().extend(ports.into_iter().map(|port| (port, listener.place)));
         }
     }
     let (mut services, mut hidden) = (Vec::new(), Vec::new());

@@ -1,6 +1,7 @@
 //! The Sidecar resource that counts for a subscriber: what of the visible services it imports (SEMANTICS 6.2 to 6.4).
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::api::sidecar::{CaptureMode, EgressListener, OutboundMode as Mode, Sidecar};
@@ -49,7 +50,7 @@ impl Sidecars {
             let labels = object.spec.workload_selector.iter().flat_map(|selector| &selector.labels);
             labels.into_iter().all(|(key, value)| scope.labels.get(key) == Some(value))
         };
-        self.known.values().find(selects).map(|object| Imports::new(&object.spec, scope.namespace.as_str()))
+        self.known.values().find(selects).map(|object| Imports::new(&object.spec, scope))
     }
 }
 
@@ -68,8 +69,31 @@ pub(crate) struct Imports {
 pub(crate) struct Listener {
     /// The port that it serves; `None`: all that no other listener has.
     pub(crate) port: Option<u16>,
+    /// How connections reach it.
+    pub(crate) place: Place,
     hosts: Vec<Host>,
     excluded: Vec<Host>,
+}
+
+/// Where an egress listener takes connections, and how it reads them (SEMANTICS 6.3).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The one address at which it listens; `None`: where the service is.
+    pub(crate) address: Option<IpAddr>,
+    /// It has a socket of its own; else its connections are redirected ones.
+    pub(crate) bound: bool,
+    /// What it speaks, whatever the service does; `None`: as the service.
+    pub(crate) protocol: Option<Protocol>,
+}
+
+impl Place {
+    fn new(listener: &EgressListener, v6_only: bool) -> Place {
+        let bound = listener.capture_mode == CaptureMode::None;
+        let localhost = if v6_only { IpAddr::from(Ipv6Addr::LOCALHOST) } else { Ipv4Addr::LOCALHOST.into() };
+        let address = listener.bind.parse().ok().or(bound.then_some(localhost));
+        let protocol = listener.port.as_ref().and_then(|port| protocol(&port.protocol));
+        Place { address, bound, protocol }
+    }
 }
 
 /// `namespace/name`
@@ -81,7 +105,7 @@ struct Host {
 }
 
 impl Imports {
-    fn new(spec: &Sidecar, namespace: &str) -> Imports {
+    fn new(spec: &Sidecar, scope: &Scope) -> Imports {
         let outbound = spec.outbound_traffic_policy.as_ref().map(|policy| match policy.mode {
             Mode::AllowAny => OutboundMode::AllowAny,
             Mode::RegistryOnly | Mode::Other(_) => OutboundMode::RegistryOnly,
@@ -93,36 +117,39 @@ impl Imports {
         });
         if spec.egress.is_empty() {
             let all = Host { namespace: None, name: "*".into() };
-            return Imports {
-                listeners: vec![Listener { port: None, hosts: vec![all], excluded: Vec::new() }],
-                outbound,
-                egress_proxy,
-            };
+            let all = Listener { port: None, place: Place::default(), hosts: vec![all], excluded: Vec::new() };
+            return Imports { listeners: vec![all], outbound, egress_proxy };
         }
-        let listeners = spec.egress.iter().filter(|listener| is_captured(listener));
-        let listeners = listeners.map(|listener| Listener::new(listener, namespace)).collect();
+        let listeners = spec.egress.iter().filter(|listener| is_served(listener));
+        let listeners = listeners.map(|listener| Listener::new(listener, scope)).collect();
         Imports { listeners, outbound, egress_proxy }
     }
 
-    /// Whether another listener has this port, so that the one without a port adds nothing to it.
+    /// Whether another listener has the virtual hosts of this port, so that the one without a port adds none.
     pub(crate) fn is_taken(&self, port: u16) -> bool {
         self.listeners.iter().any(|listener| listener.port == Some(port))
     }
+
+    /// Whether another listener has this port at every address, so that the one without a port adds nothing there.
+    pub(crate) fn is_taken_everywhere(&self, port: u16) -> bool {
+        self.listeners.iter().any(|listener| listener.port == Some(port) && listener.place.address.is_none())
+    }
 }
 
-/// Whether connections that were made to somewhere else reach a listener. One with a socket of its own is not served.
-fn is_captured(listener: &EgressListener) -> bool {
-    let captured = listener.bind.is_empty() && listener.capture_mode != CaptureMode::None;
-    // On the port of a forward proxy any port may be asked for.
+/// Whether a listener is one that is acted on: not a Unix socket, nor a forward proxy, where any port may be asked for.
+fn is_served(listener: &EgressListener) -> bool {
     let proxy = listener.port.as_ref().is_some_and(|port| protocol(&port.protocol) == Some(Protocol::HttpProxy));
-    captured && !proxy
+    !listener.bind.starts_with("unix://") && !proxy
 }
 
 /// What of a Sidecar is not acted on, in words.
 pub fn unserved(spec: &Sidecar) -> Vec<&'static str> {
     let mut out = Vec::new();
-    if !spec.egress.iter().all(is_captured) {
-        out.push("egress listeners with a socket of their own (bind, captureMode NONE, HTTP_PROXY)");
+    if spec.egress.iter().any(|listener| listener.bind.starts_with("unix://")) {
+        out.push("egress listeners with bind unix://");
+    }
+    if !spec.egress.iter().all(|listener| is_served(listener) || listener.bind.starts_with("unix://")) {
+        out.push("egress listeners with port.protocol HTTP_PROXY");
     }
     if !spec.ingress.is_empty() || spec.inbound_connection_pool.is_some() {
         out.push("inbound traffic");
@@ -131,7 +158,10 @@ pub fn unserved(spec: &Sidecar) -> Vec<&'static str> {
 }
 
 impl Listener {
-    fn new(listener: &EgressListener, own: &str) -> Listener {
+    fn new(listener: &EgressListener, scope: &Scope) -> Listener {
+        let own = scope.namespace.as_str();
+        let mut ips = scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
+        let v6_only = ips.peek().is_some() && ips.all(|ip| ip.is_ipv6());
         let (mut hosts, mut excluded) = (Vec::new(), Vec::new());
         for (namespace, name) in listener.hosts.iter().filter_map(|host| host.split_once('/')) {
             let (list, namespace) = match namespace.strip_prefix('~') {
@@ -146,7 +176,7 @@ impl Listener {
             list.push(Host { namespace, name: name.to_owned() });
         }
         let port = listener.port.as_ref().and_then(|port| u16::try_from(port.number).ok());
-        Listener { port, hosts, excluded }
+        Listener { port, place: Place::new(listener, v6_only), hosts, excluded }
     }
 
     /// Whether it imports a VirtualService of that namespace with these hosts: one that has names in common is enough.
@@ -182,7 +212,7 @@ mod tests {
 
     fn listener(hosts: &str) -> Listener {
         let object = sidecar(Meta::default(), &format!("egress: [{{hosts: {hosts}}}]"));
-        Listener::new(&object.spec.egress[0], "own")
+        Listener::new(&object.spec.egress[0], &Scope { namespace: "own".into(), ..Scope::default() })
     }
 
     #[test]
@@ -239,7 +269,7 @@ mod tests {
 
     #[test]
     fn an_empty_policy_refuses() {
-        let mode = |spec: &str| Imports::new(&sidecar(Meta::default(), spec).spec, "own").outbound;
+        let mode = |spec: &str| Imports::new(&sidecar(Meta::default(), spec).spec, &Scope::default()).outbound;
         assert_eq!(mode("outboundTrafficPolicy: {}"), Some(OutboundMode::RegistryOnly));
         assert_eq!(mode("outboundTrafficPolicy: {mode: ALLOW_ANY}"), Some(OutboundMode::AllowAny));
         assert_eq!(mode("egress: [{hosts: ['./*']}]"), None);

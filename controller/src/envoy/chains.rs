@@ -231,9 +231,13 @@ impl Chains {
         FilterChain { name: "tcp".to_owned(), filters, ..FilterChain::default() }
     }
 
-    /// A server of a gateway.
-    pub(super) fn server(&self, listener: &str, server: &GatewayServer) -> FilterChain {
-        let mut chain = if server.http {
+    /// A server of a gateway, or of a Sidecar's listener with a socket of its own. `sniffed`: what is HTTP the first bytes
+    /// say.
+    pub(super) fn server(&self, listener: &str, server: &GatewayServer, sniffed: bool) -> FilterChain {
+        let mut chain = if server.http && self.says_destination {
+            let http = self.http(listener);
+            FilterChain { filter_chain_match: http.filter_chain_match.filter(|_| sniffed), ..http }
+        } else if server.http {
             // Clients are strangers: what they say of themselves is not believed, as istiod has it.
             let manager = HttpConnectionManager {
                 use_remote_address: switch(true),

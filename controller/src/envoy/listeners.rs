@@ -85,7 +85,7 @@ impl Renderer {
         else {
             return Vec::new();
         };
-        let mut out: Vec<Listener> = plan.gateway.iter().map(|listener| self.gateway(listener, port)).collect();
+        let mut out: Vec<Listener> = plan.gateway.iter().map(|listener| self.socket(listener, port)).collect();
         let at = |ip: &IpAddr| format!("{ip}_{port}");
         if let (Some(ip), Some(inspection)) = (self.settings.bind_ports, &plan.wildcard) {
             out.push(self.listener(&at(&ip), &[ip], port, true, inspection, Some(plan)));
@@ -111,8 +111,8 @@ impl Renderer {
         out
     }
 
-    /// A gateway's listener: a chain for each server. What no chain takes is closed.
-    fn gateway(&self, listener: &GatewayListener, port: u16) -> Listener {
+    /// A listener with a socket of its own: a chain for each server. What no chain takes is closed.
+    fn socket(&self, listener: &GatewayListener, port: u16) -> Listener {
         let own = listener.bind.parse().ok();
         let ips = own.map_or_else(|| self.wildcards.clone(), |ip| vec![ip]);
         let name = format!("{}_{port}", ips.first().unwrap_or(&IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
@@ -121,7 +121,12 @@ impl Renderer {
             let tls = inspector("envoy.filters.listener.tls_inspector", &TlsInspector::default());
             out.listener_filters.push(tls);
         }
-        out.filter_chains = listener.servers.iter().map(|server| self.chains.server(&name, server)).collect();
+        if listener.sniffs_http {
+            let http = inspector("envoy.filters.listener.http_inspector", &HttpInspector::default());
+            out.listener_filters.push(http);
+        }
+        let chain = |server| self.chains.server(&name, server, listener.sniffs_http);
+        out.filter_chains = listener.servers.iter().map(chain).collect();
         out
     }
 

@@ -455,11 +455,12 @@ pub struct ListenerPlan {
     /// names before they choose the cluster.
     #[prost(bool, tag = "5")]
     pub dials_server_names: bool,
-    /// A gateway's listeners of this port, one for each address: they are bound, and there are no others.
+    /// Listeners with a socket of their own, one for each address: a gateway's, which has no others, and those of a
+    /// Sidecar's egress.
     #[prost(message, repeated, tag = "6")]
     pub gateway: ::prost::alloc::vec::Vec<GatewayListener>,
 }
-/// A port of a gateway at one address, or at all.
+/// A port of a gateway, or of a Sidecar, at one address or at all.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GatewayListener {
     /// Address to bind; empty for all of them.
@@ -472,6 +473,9 @@ pub struct GatewayListener {
     /// Read a TLS ClientHello for its server name. False: the server may speak first.
     #[prost(bool, tag = "3")]
     pub inspects: bool,
+    /// Tell plain-text HTTP by its first bytes: such connections go to the server with `http`, all others to one without.
+    #[prost(bool, tag = "4")]
+    pub sniffs_http: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GatewayServer {

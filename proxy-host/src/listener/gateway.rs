@@ -1,4 +1,5 @@
-//! Ports of a gateway: they come and go with the listener plans, and a connection is read as its server wants it.
+//! Ports of a gateway, and of a Sidecar's egress listeners that have some: they come and go with the listener plans, and a
+//! connection is read as its server wants it.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,7 +23,7 @@ use super::{
     tcp,
     termination::Settings,
 };
-use crate::{filter::Via, worker::Worker};
+use crate::{config::Role, filter::Via, worker::Worker};
 
 /// Time between two attempts to bind what could not be bound.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -34,6 +35,8 @@ pub struct GatewayListener {
     pub bind: Option<IpAddr>,
     /// A `ClientHello` is read for its server name.
     inspects: bool,
+    /// Plain-text HTTP is told by its first bytes, and goes to the server with HTTP.
+    sniffs_http: bool,
     servers: Vec<Server>,
 }
 
@@ -76,7 +79,18 @@ impl GatewayListener {
             names: server.server_names.iter().map(|name| name.to_ascii_lowercase()).collect(),
             tls: server.tls.as_ref().map(|tls| Arc::new(Settings::read(tls))),
         };
-        Ok(Self { bind, inspects: message.inspects, servers: message.servers.iter().map(server).collect() })
+        let servers = message.servers.iter().map(server).collect();
+        Ok(Self { bind, inspects: message.inspects, sniffs_http: message.sniffs_http, servers })
+    }
+
+    /// The server of a connection whose first bytes these were.
+    fn chosen(&self, sniffed: &Sniffed) -> Option<&Server> {
+        let http = matches!(sniffed, Sniffed::Http1 | Sniffed::Http2);
+        match sniffed {
+            _ if self.sniffs_http => self.servers.iter().find(|server| server.http == http),
+            Sniffed::Tls(name) => self.server(name.as_deref()),
+            _ => self.server(None),
+        }
     }
 
     /// The server of a connection that asks for this name, as Envoy finds a filter chain: the name itself, else the
@@ -93,7 +107,7 @@ impl GatewayListener {
     }
 }
 
-/// The addresses that one worker has bound for a gateway.
+/// The addresses that one worker has bound because the plans say so.
 #[derive(Default)]
 pub struct Ports {
     bound: HashMap<SocketAddr, AbortHandle>,
@@ -128,7 +142,7 @@ impl Ports {
                 }
                 Err(error) => {
                     if self.failed.insert(address) {
-                        tracing::error!(%address, "a gateway's port cannot be listened on: {error}; trying again");
+                        tracing::error!(%address, "a port of a Gateway or Sidecar cannot be listened on: {error}; trying again");
                     }
                 }
             }
@@ -159,17 +173,20 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketA
     let plans = worker.plans();
     let Some(listener) = plans.gateway(own) else { return };
     let time = worker.config.http.header_time;
-    let inspection = Inspection { tls: listener.inspects, http: false };
+    let inspection = Inspection { tls: listener.inspects, http: listener.sniffs_http };
     let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, inspection, time).await else { return };
+    let Some(server) = listener.chosen(&sniffed) else {
+        tracing::debug!(%source, %own, "no server of the gateway has this name");
+        return tcp::reset(&client);
+    };
     let name = match sniffed {
         Sniffed::Tls(name) => name,
         _ => None,
     };
-    let Some(server) = listener.server(name.as_deref()) else {
-        tracing::debug!(%source, %own, "no server of the gateway has this name");
-        return tcp::reset(&client);
+    let via = match worker.config.identity.role {
+        Role::Gateway => Via::Gateway { chain: server.name.clone(), secure: server.tls.is_some() },
+        Role::Sidecar => Via::Egress,
     };
-    let via = Via::Gateway { chain: server.name.clone(), secure: server.tls.is_some() };
     let mut connection = worker.connection(source, own, via);
     connection.server_name = name;
     let connection = Rc::new(connection);

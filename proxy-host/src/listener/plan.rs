@@ -40,7 +40,7 @@ pub struct PortPlan {
     wildcard: Option<Inspection>,
     tcp_prefixes: Vec<IpNet>,
     addresses: HashMap<IpAddr, Inspection>,
-    /// Of a gateway: what is to be bound.
+    /// What is to be bound.
     pub gateway: Vec<GatewayListener>,
 }
 
@@ -87,7 +87,7 @@ impl Plans {
 }
 
 impl Plans {
-    /// The gateway's listener that a connection to this address of the proxy came by: one of that address, else one of
+    /// The listener that a connection to this address of the proxy came by: one of that address, else one of
     /// all.
     #[must_use]
     pub fn gateway(&self, own: SocketAddr) -> Option<&GatewayListener> {
@@ -96,7 +96,7 @@ impl Plans {
         bound(Some(own.ip().to_canonical())).or_else(|| bound(None))
     }
 
-    /// Where a gateway listens; `all` stands for all addresses.
+    /// What addresses are to be bound; `all` stands for all addresses.
     pub fn gateway_addresses(&self, all: IpAddr) -> impl Iterator<Item = SocketAddr> {
         let listeners =
             self.0.iter().flat_map(|(port, plan)| plan.gateway.iter().map(move |listener| (port, listener)));
