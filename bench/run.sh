@@ -28,6 +28,8 @@ done
 if KUBE_APISERVER=$(tests/kubernetes/build.sh) && command -v etcd >/dev/null; then
     KUBE_APISERVER=$KUBE_APISERVER "$venv/python" bench/kubernetes.py target/release/portolan target/release/proxy-host
 fi
+python3 bench/routes.py target/release/proxy-host target/release/portolan target/release/origin \
+    target/filter/wasm32-wasip1/wasm/portolan_filter.wasm "$venv/envoy"
 python3 bench/traffic.py target/release/proxy-host target/release/load "$venv/envoy"
 python3 bench/floods.py target/release/proxy-host target/release/load
 ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm

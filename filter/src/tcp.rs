@@ -16,6 +16,11 @@ use crate::vm::{self, Vm};
 /// The filter state by which Envoy's `tcp_proxy` chooses its cluster.
 pub const CLUSTER_STATE: &str = "envoy.tcp_proxy.cluster";
 
+/// The filter state by which it is told to tunnel, where its listener can.
+const NO_TUNNEL_STATE: &str = "envoy.tcp_proxy.disable_tunneling";
+/// The property that names what is asked for in a tunnel.
+const TUNNEL: &str = "portolan.tunnel";
+
 /// Why a connection is closed.
 #[derive(Debug, PartialEq, Eq)]
 struct Refusal {
@@ -83,6 +88,11 @@ impl<H: Host> Vm<H> {
                         reason: format!("{destination} ({}) has no route ({reason})", name()),
                     });
                 };
+                if let Some(tunnel) = target.extras.as_ref().map(|own| &own.tunnel).filter(|to| !to.is_empty()) {
+                    host.set_property(TUNNEL, tunnel.as_bytes())?;
+                    // As long as the connection, as the listener has set it.
+                    set_state(host, NO_TUNNEL_STATE, b"false", 2)?;
+                }
                 set_cluster(host, target.cluster.as_bytes())?;
                 metrics.decided(host, Kind::Tcp, Outcome::Route, Cause::Rule(reason.rule));
                 vm::log(host, *log_level, Level::Debug, || {
@@ -114,7 +124,11 @@ impl<H: Host> Vm<H> {
 }
 
 fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
-    let arguments = SetFilterState { path: CLUSTER_STATE.to_owned(), value: cluster.to_owned(), span: 1 };
+    set_state(host, CLUSTER_STATE, cluster, 1)
+}
+
+fn set_state(host: &impl Host, path: &str, value: &[u8], span: i32) -> Result<(), Status> {
+    let arguments = SetFilterState { path: path.to_owned(), value: value.to_owned(), span };
     host.foreign("set_envoy_filter_state", &arguments.encode_to_vec())
 }
 

@@ -1,8 +1,10 @@
-use portolan_registry::row::CatchAll;
+use portolan_registry::object::ClusterName;
+use portolan_registry::route::{Action as RouteAction, Route, Target, TargetExtras, TextMatch};
+use portolan_registry::row::{CatchAll, Routes, Row};
 
 use super::*;
 use crate::host::fake::{Call, Fake};
-use crate::testing::{CONFIGURATION, STATUSES, configured, ready};
+use crate::testing::{CONFIGURATION, STATUSES, configured, deliver, ready, rows, whole, writer};
 
 fn connect(vm: &mut Vm<Fake>, destination: &str, sni: &[u8]) -> (Action, Vec<Call>) {
     vm.host.set_property("destination\0address", destination.as_bytes());
@@ -83,4 +85,33 @@ fn whatever_call_fails_the_connection_is_closed_or_not_let_on() {
         vm.host.fail("close_downstream", 10);
         assert_eq!(connect(&mut vm, "192.0.2.1:443", b"b.com"), closed());
     }
+}
+
+#[test]
+fn a_tunnel_is_asked_for_before_the_cluster_is_named() {
+    let extras = TargetExtras { tunnel: "far.com:9".into(), ..TargetExtras::default() };
+    let target = Target { cluster: "outbound|3128||proxy".into(), weight: 1, extras: Some(Box::new(extras)) };
+    let route = Route {
+        name: "tunnel".into(),
+        index: 0,
+        path: TextMatch::Present,
+        ignore_case: false,
+        conditions: Vec::new(),
+        action: RouteAction { outcome: Routed::Forward(vec![target]), extras: None },
+    };
+    let mut all = rows(CatchAll::Block);
+    if let Some(Row::Address { tcp: Some(choice), .. }) = all.last_mut() {
+        (choice.cluster, choice.routes) = (ClusterName::default(), Some(Routes::Inline(vec![route])));
+    }
+    let mut vm = configured(CONFIGURATION);
+    deliver(&mut vm, &whole(&writer(&all), 1));
+    let (action, calls) = connect(&mut vm, "10.0.0.1:3306", b"");
+    assert_eq!(action, Action::Continue);
+    let [Call::Property(name, to), Call::Foreign(_, off), Call::Foreign(_, cluster)] = &calls[..] else {
+        panic!("{calls:?}")
+    };
+    assert_eq!((name.as_str(), to.as_slice()), (TUNNEL, b"far.com:9".as_slice()));
+    let off = SetFilterState::decode(off.as_slice()).unwrap();
+    assert_eq!((off.path.as_str(), off.value.as_slice(), off.span), (NO_TUNNEL_STATE, b"false".as_slice(), 2));
+    assert_eq!(SetFilterState::decode(cluster.as_slice()).unwrap().value, b"outbound|3128||proxy");
 }

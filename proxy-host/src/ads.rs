@@ -260,6 +260,9 @@ pub fn node(identity: &Identity) -> Node {
     if identity.dns_capture {
         fields.insert("DNS_CAPTURE".to_owned(), text("true"));
     }
+    if let Some(folder) = &identity.mesh_certificates {
+        fields.insert("MESH_CERTIFICATES".to_owned(), text(folder));
+    }
     let kind = match identity.role {
         Role::Sidecar => "sidecar",
         Role::Gateway => "router",
@@ -336,6 +339,7 @@ mod tests {
             locality: "r/z/s".into(),
             role: Role::Gateway,
             dns_capture: true,
+            mesh_certificates: None,
         };
         let node = node(&identity);
         assert_eq!(node.id, "router~1.1.1.1~proxy-host.shop~shop.svc.cluster.local");

@@ -80,6 +80,10 @@ pub struct Args {
     /// Folder of the secrets that Gateways name (credentialName): NAME/tls.crt, NAME/tls.key and for clients NAME/ca.crt
     #[arg(long, value_name = "DIR", help_heading = LISTENERS)]
     pub credentials: Option<PathBuf>,
+    /// Folder of the mesh's certificates for ISTIO_MUTUAL: cert-chain.pem, key.pem and root-cert.pem, read again when they
+    /// change. Without it such traffic is plain text
+    #[arg(long, value_name = "DIR", help_heading = WORKLOAD)]
+    pub mesh_certificates: Option<String>,
     /// Answer here about the proxy itself: /ready, /healthz, /metrics, /config_dump, /clusters, /logging. Whoever can
     /// reach it can read the configuration and change the log's level: keep it on loopback
     #[arg(long, value_name = "IP:PORT", help_heading = LISTENERS)]
@@ -214,6 +218,8 @@ pub struct Identity {
     pub role: Role,
     /// Its names are resolved here, so that allocated addresses count.
     pub dns_capture: bool,
+    /// Folder of the mesh's certificates.
+    pub mesh_certificates: Option<String>,
 }
 
 /// Where the configuration comes from.
@@ -306,6 +312,7 @@ impl Config {
                 locality: String::new(),
                 role: Role::Sidecar,
                 dns_capture: false,
+                mesh_certificates: None,
             },
             dns: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
@@ -344,6 +351,7 @@ impl From<Args> for Config {
             locality: args.locality,
             role: args.role,
             dns_capture: args.dns.is_some(),
+            mesh_certificates: args.mesh_certificates,
         };
         config.dns = args.dns;
         if let Some(threads) = args.threads {

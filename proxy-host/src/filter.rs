@@ -32,6 +32,10 @@ pub const TCP_ROOT: &str = "portolan_tcp";
 const TCP_CLUSTER: &str = "envoy.tcp_proxy.cluster";
 /// The property in which the filter says why, if its configuration asks for it.
 const DECISION: &[u8] = b"portolan.decision";
+/// The property that names what is asked for in a tunnel.
+const TUNNEL: &[u8] = b"portolan.tunnel";
+/// The filter state that says that there is none.
+const NO_TUNNEL: &str = "envoy.tcp_proxy.disable_tunneling";
 /// A VM that traps sooner after its start than this is replaced only after this time.
 const RESTART: Duration = Duration::from_secs(1);
 
@@ -118,8 +122,8 @@ pub enum HttpVerdict {
 
 /// What becomes of a connection.
 pub enum TcpVerdict {
-    /// It goes to the cluster of this name.
-    Cluster(String, Stream),
+    /// It goes to the cluster of this name, which is to be asked for a tunnel to this host and port.
+    Cluster(String, Option<String>, Stream),
     /// It is refused; why, if the filter said.
     Close(Option<String>),
 }
@@ -257,9 +261,16 @@ impl Filter {
         let Some(EffectKind::Continue(_)) = inner.settle(generation, context, outcome).await else {
             return TcpVerdict::Close(stream.decision());
         };
-        let cluster = |vm: &mut Vm| Ok(vm.filter_state(context).and_then(|state| state.get(TCP_CLUSTER).cloned()));
-        match inner.with(Some(generation), cluster).ok().flatten().map(|name| String::from_utf8(name.to_vec())) {
-            Some(Ok(name)) => TcpVerdict::Cluster(name, stream),
+        let said = |vm: &mut Vm| {
+            let state = vm.filter_state(context);
+            let cluster = state.as_ref().and_then(|state| state.get(TCP_CLUSTER).cloned());
+            let tunnels = state.and_then(|state| state.get(NO_TUNNEL).cloned()).is_some_and(|off| *off == *b"false");
+            Ok(cluster.map(|name| (name, if tunnels { vm.own_property(context, TUNNEL) } else { None })))
+        };
+        let text = |bytes: bytes::Bytes| String::from_utf8(bytes.to_vec());
+        match inner.with(Some(generation), said).ok().flatten().map(|(name, to)| (text(name), to.map(text).transpose()))
+        {
+            Some((Ok(name), Ok(tunnel))) => TcpVerdict::Cluster(name, tunnel, stream),
             _ => TcpVerdict::Close(Some("the filter named no cluster".into())),
         }
     }

@@ -117,6 +117,8 @@ pub struct TargetExtras {
     pub response: HeaderOps,
     /// What requests are kept together by.
     pub hash: Option<HashKey>,
+    /// Of connections: the host and port that a CONNECT asks the destination for; empty for no tunnel.
+    pub tunnel: String,
 }
 
 /// A destination.
@@ -273,7 +275,7 @@ pub struct Action {
 
 fields!(HeaderOps: set, add, remove);
 fields!(HashCookie: name, path, ttl, attributes);
-fields!(TargetExtras: authority, request, response, hash);
+fields!(TargetExtras: authority, request, response, hash, tunnel);
 fields!(Target: cluster, weight, extras);
 fields!(Redirect: status, scheme, authority, port, path);
 fields!(Respond: status, body);

@@ -63,7 +63,7 @@ def certs():
     """A CA, a server certificate for the echo and a client certificate, where the cases' resources expect them."""
     lock = open(f"{CERTS}.lock", "w")                   # several rigs may start at a time
     fcntl.flock(lock, fcntl.LOCK_EX)
-    if os.path.exists(f"{CERTS}/done"):
+    if os.path.exists(f"{CERTS}/mesh/done"):
         return
     os.makedirs(CERTS, exist_ok=True)
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
@@ -74,7 +74,8 @@ def certs():
            for n in server client; do
              openssl req {key} -subj /CN=rig-$n -keyout $n-key.pem -out $n.csr 2>&1
              openssl x509 -req -in $n.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 3650 -extfile san -out $n.pem 2>&1
-           done; chmod 644 *; touch done""")
+           done; chmod 644 *; touch done
+           mkdir -p mesh; cp client.pem mesh/cert-chain.pem; cp client-key.pem mesh/key.pem; cp ca.pem mesh/root-cert.pem; touch mesh/done""")
 
 
 # --- TLS client hello ----------------------------------------------------------------------------------------------

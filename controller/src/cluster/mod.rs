@@ -2,6 +2,7 @@
 
 pub(crate) mod endpoints;
 mod locality;
+pub mod mesh_tls;
 mod policy;
 mod tls;
 
@@ -20,7 +21,7 @@ use portolan_registry::object::ClusterName;
 use prost::{Message, Name};
 
 use self::endpoints::{Endpoint, Workloads, host_endpoints};
-use crate::api::destination_rule::ConsistentHash;
+use crate::api::destination_rule::{ClientTlsMode, ConsistentHash};
 use crate::compile::rules::Merged;
 use crate::compile::service::{Context, Member, Resolved, Source, http_class};
 use crate::model::{Protocol, Resolution, ServicePort};
@@ -111,9 +112,11 @@ pub(crate) fn build(
     }
     let rule = rule(&source.meta().namespace, &base.member.host);
     let mut all = host_endpoints(members, &source.meta().namespace, workloads);
+    let tls = rule.as_ref().and_then(|rule| rule.policy(port, named.subset).tls);
+    let mutual = tls.is_some_and(|tls| tls.mode == ClientTlsMode::IstioMutual);
     let identities = match source {
-        Source::Entry(_) => identities(&all, members, &source.meta().namespace, cx),
-        Source::Kube(_) => Vec::new(),
+        Source::Kube(_) if !mutual => Vec::new(),
+        Source::Entry(_) | Source::Kube(_) => identities(&all, members, &source.meta().namespace, cx),
     };
     if !named.subset.is_empty() {
         let labels = rule.as_ref()?.subset(named.subset)?;

@@ -48,7 +48,7 @@ pub(super) fn apply(cluster: &mut Cluster, policy: &TrafficPolicy, names: &[Stri
         cluster.common_lb_config.get_or_insert_default().healthy_panic_threshold = Some(panic);
     }
     if let Some(settings) = &policy.tls {
-        cluster.transport_socket = tls::socket(settings, &mut options, names);
+        cluster.transport_socket = tls::socket(settings, &cluster.name, &mut options, names);
     }
     if let Some(proxy) = &policy.proxy_protocol {
         cluster.transport_socket = Some(proxy_protocol(proxy.version, cluster.transport_socket.take()));

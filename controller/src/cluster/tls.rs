@@ -8,22 +8,25 @@ use portolan_proto::envoy::envoy::extensions::transport_sockets::tls::v3::{
 use portolan_proto::envoy::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options};
 use portolan_proto::envoy::envoy::r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern};
 
-use super::policy;
+use super::{mesh_tls, policy};
 use crate::api::destination_rule::{ClientTls, ClientTlsMode};
 
 /// The transport socket of these settings; `None` for plain text. `names` are those that a ServiceEntry says the
 /// server's certificate has.
 ///
-/// The mesh's own TLS needs a certificate of the mesh, which there is none of: such traffic goes as plain text, as it
-/// does towards endpoints that are not in the mesh. A `credentialName` is not read either, as no sidecar of Istio's
+/// The mesh's own TLS has its certificates where the host has them, which [`super::mesh_tls::place`] says. A `credentialName` is not read either, as no sidecar of Istio's
 /// does without a workload selector.
 // Envoy's newer field takes one matcher for each type of name; the older one, which istiod writes, takes any type.
 #[allow(deprecated)]
 pub(super) fn socket(
     settings: &ClientTls,
+    cluster: &str,
     options: &mut HttpProtocolOptions,
     names: &[String],
 ) -> Option<core::TransportSocket> {
+    if settings.mode == ClientTlsMode::IstioMutual {
+        return Some(mesh_tls::socket(settings, cluster, is_http2(options), names));
+    }
     if !matches!(settings.mode, ClientTlsMode::Simple | ClientTlsMode::Mutual) || !settings.credential_name.is_empty() {
         return None;
     }
@@ -84,7 +87,7 @@ fn is_http2(options: &HttpProtocolOptions) -> bool {
     }
 }
 
-fn file(path: &str) -> Option<core::DataSource> {
+pub(super) fn file(path: &str) -> Option<core::DataSource> {
     (!path.is_empty()).then(|| core::DataSource {
         specifier: Some(core::data_source::Specifier::Filename(path.to_owned())),
         ..core::DataSource::default()
@@ -92,7 +95,7 @@ fn file(path: &str) -> Option<core::DataSource> {
 }
 
 /// Envoy reads a file again when its directory is changed by a move, as a mounted Secret is.
-fn directory(path: &str) -> Option<core::WatchedDirectory> {
+pub(super) fn directory(path: &str) -> Option<core::WatchedDirectory> {
     let parent = std::path::Path::new(path).parent()?.to_str()?;
     (!parent.is_empty()).then(|| core::WatchedDirectory { path: parent.to_owned(), ..Default::default() })
 }

@@ -89,6 +89,10 @@ struct Envoy {
     /// clients NAME/ca.crt
     #[arg(long, value_name = "DIR")]
     credentials: Option<String>,
+    /// Folder, where Envoy runs, of the mesh's certificates for ISTIO_MUTUAL: cert-chain.pem, key.pem and root-cert.pem.
+    /// Without it such traffic is plain text
+    #[arg(long, value_name = "DIR")]
+    mesh_certificates: Option<String>,
     /// Be an HTTP proxy at this address; may be given several times
     #[arg(long, value_name = "IP:PORT")]
     http_proxy: Vec<SocketAddr>,
@@ -245,6 +249,7 @@ impl Envoy {
             locality: self.locality,
             controller: self.controller,
             tls,
+            mesh_certificates: self.mesh_certificates,
             settings: Settings {
                 filter: self.filter,
                 controller: CONTROLLER.to_owned(),

@@ -12,7 +12,7 @@ use portolan_registry::route::{Action, HashKey, Outcome, Route, Target, TargetEx
 use portolan_registry::row::{Choice, MAX_LOSERS, Origin, Routes, RowKey};
 
 use super::http_routes::Others;
-use super::l4_routes::L4;
+use super::l4_routes::{self, L4};
 use super::service::{
     Addr, Context, HostPortOwner, Member, Order, Resolved, Source, Spoken, alternate_hosts, http_class, tls_class,
 };
@@ -97,6 +97,8 @@ pub(crate) struct Group {
     pub(crate) routed: BTreeMap<u16, Routed>,
     /// What requests are kept together by on ports without a table.
     hashed: BTreeMap<u16, HashKey>,
+    /// What connections ask for in a tunnel.
+    tunnel: Option<String>,
     /// Partial wildcards that a TLS port cannot match: origin and pattern.
     pub(crate) dropped: Vec<(Origin, String)>,
 }
@@ -113,6 +115,7 @@ impl Group {
             domains: Vec::new(),
             routed,
             hashed: BTreeMap::new(),
+            tunnel: around.others.tunnel(key, ""),
             dropped: Vec::new(),
         };
         for owner in group.resolved.ports.iter().filter(|owner| owner.http.is_some()) {
@@ -347,6 +350,22 @@ impl Group {
         let targets = vec![Target { cluster, weight: 1, extras: Some(Box::new(extras)) }];
         let route = Route {
             name: "default".to_owned(),
+            index: 0,
+            path: TextMatch::Present,
+            ignore_case: false,
+            conditions: Vec::new(),
+            action: Action { outcome: Outcome::Forward(targets), extras: None },
+        };
+        Choice { cluster: ClusterName::default(), routes: Some(Routes::Inline(vec![route])), ..choice }
+    }
+
+    /// A connection's choice, in a tunnel where it is to be in one.
+    pub(crate) fn tunnelled(&self, choice: Choice) -> Choice {
+        let Some(tunnel) = &self.tunnel else { return choice };
+        let cluster = choice.cluster.to_string();
+        let targets = vec![Target { cluster, weight: 1, extras: Some(l4_routes::tunnelled(tunnel.clone())) }];
+        let route = Route {
+            name: "tunnel".to_owned(),
             index: 0,
             path: TextMatch::Present,
             ignore_case: false,

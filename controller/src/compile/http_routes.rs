@@ -30,6 +30,9 @@ pub(crate) trait Others {
 
     /// What requests to a host are kept together by; `by_port` where the port's own settings count.
     fn hash(&self, host: &str, port: u16, subset: &str, by_port: bool) -> Option<HashKey>;
+
+    /// What connections to a host are to ask for in a tunnel.
+    fn tunnel(&self, host: &str, subset: &str) -> Option<String>;
 }
 
 /// Where routes are compiled for.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
 use portolan_registry::object::ClusterName;
-use portolan_registry::route::{Action, Outcome, Route, Target, TextMatch};
+use portolan_registry::route::{Action, Outcome, Route, Target, TargetExtras, TextMatch};
 use portolan_registry::row::{Choice, Routes};
 
 use super::chains::{Bind, Chain};
@@ -14,6 +14,7 @@ use super::http_routes::{MESH, Others, Place};
 use super::service::Context;
 use super::virtual_services::Virtual;
 use crate::api::virtual_service::RouteDestination;
+use crate::cluster::parse;
 use crate::model::Labels;
 use crate::validate::predicates;
 
@@ -139,7 +140,9 @@ pub(crate) fn choice(
     let single = to.len() == 1;
     let target = |to: &RouteDestination| {
         let weight = if single { 1 } else { u32::try_from(to.weight).ok().filter(|weight| *weight > 0)? };
-        Some(Target { cluster: place.cluster(to.destination.as_ref()?), weight, extras: None })
+        let cluster = place.cluster(to.destination.as_ref()?);
+        let tunnel = parse(&cluster).and_then(|to| place.others.tunnel(to.host, if single { to.subset } else { "" }));
+        Some(Target { cluster, weight, extras: tunnel.map(tunnelled) })
     };
     let targets: Vec<Target> = to.iter().filter_map(target).collect();
     if targets.is_empty() {
@@ -155,6 +158,10 @@ pub(crate) fn choice(
     };
     let routes = Some(Routes::Inline(vec![route]));
     Some(Choice { cluster: ClusterName::default(), routes, winner: one.origin(), losers: Vec::new() })
+}
+
+pub(crate) fn tunnelled(tunnel: String) -> Box<TargetExtras> {
+    Box::new(TargetExtras { tunnel, ..TargetExtras::default() })
 }
 
 fn subnets(list: &[String]) -> Vec<IpNet> {

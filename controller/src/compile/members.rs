@@ -144,6 +144,12 @@ impl Compiler {
         let of = group_key(&of).into_owned();
         let about = |host: &&Arc<str>| predicates::is_host_subset(host, &of);
         let hosts: Vec<Arc<str>> = self.hosts.keys().filter(about).cloned().collect();
+        if rules::tunnels(&rule.spec) {
+            // Connections to other hosts may be led to its own.
+            let all: Vec<Arc<str>> = self.hosts.keys().cloned().collect();
+            all.iter().for_each(|host| self.touch(host));
+            self.gateways.dirty = true;
+        }
         if self.rules.hash() {
             self.gateways.dirty = true;
             hosts.iter().for_each(|host| self.touch(host));

@@ -93,6 +93,7 @@ pub struct Compiler {
     ports: BTreeMap<u16, PortState>,
     plans: BTreeMap<u16, ListenerPlan>,
     writer: Writer,
+    needs: Arc<Needs>,
     names: BTreeMap<Arc<str>, DnsName>,
     dirty_hosts: BTreeSet<Arc<str>>,
     /// Hosts whose clusters alone may have changed.
@@ -133,6 +134,7 @@ impl Compiler {
             ports: BTreeMap::new(),
             plans: BTreeMap::new(),
             writer: Writer::new(),
+            needs: Arc::default(),
             names: BTreeMap::new(),
             dirty_hosts: BTreeSet::new(),
             dirty_rows: BTreeSet::new(),
@@ -205,6 +207,16 @@ impl Compiler {
 
     /// Brings pages and plans up to date.
     pub fn commit(&mut self) -> Update {
+        let update = self.commit_rows();
+        let routes = if self.cx.gateway() { &self.gateways.needs } else { self.virtual_services.needs() };
+        let tunnels = self.rules.tunnel();
+        if self.needs.tunnels != tunnels || !self.needs.same_routes(routes) {
+            self.needs = Arc::new(Needs { tunnels, ..Needs::clone(routes) });
+        }
+        update
+    }
+
+    fn commit_rows(&mut self) -> Update {
         let mut update = Update::default();
         if std::mem::take(&mut self.policy_changed) {
             self.put_policy();
@@ -363,7 +375,7 @@ impl Compiler {
             let chosen = rows::decide(cluster, origins(first), state.everything().skip(1).map(origins));
             match group.as_ref().and_then(|g| g.everything(port, first)) {
                 Some(routed) => Choice { losers: chosen.losers, ..routed.clone() },
-                None => chosen,
+                None => group.as_ref().map_or(chosen.clone(), |group| group.tunnelled(chosen)),
             }
         });
         let kept_out: Vec<Origin> = state.kept_out().take(16).map(origins).collect();
@@ -421,7 +433,7 @@ impl Compiler {
 
     /// What the routes need of their host's configuration.
     pub fn needs(&self) -> &Arc<Needs> {
-        if self.cx.gateway() { &self.gateways.needs } else { self.virtual_services.needs() }
+        &self.needs
     }
 
     /// What a DNS proxy answers, by host.

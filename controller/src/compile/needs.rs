@@ -15,6 +15,8 @@ pub struct Needs {
     pub delays: bool,
     /// Some have conditions for retries in place of the default ones.
     pub retries: bool,
+    /// Some connections go through a tunnel.
+    pub tunnels: bool,
     /// The clusters that may get a copy of one request, in the order in which the filter names them.
     pub mirrors: BTreeSet<Vec<String>>,
 }
@@ -35,6 +37,11 @@ impl Needs {
         self.delays |= other.delays;
         self.retries |= other.retries;
         self.mirrors.extend(other.mirrors.iter().cloned());
+    }
+
+    /// Whether the routes of both need the same.
+    pub(crate) fn same_routes(&self, other: &Needs) -> bool {
+        (self.delays, self.retries, &self.mirrors) == (other.delays, other.retries, &other.mirrors)
     }
 
     /// All clusters that may get a copy.

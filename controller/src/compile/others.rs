@@ -52,4 +52,12 @@ impl Others for Registry<'_> {
         let base = &resolved.services.get(owner.map_or(0, |owner| owner.base))?.member;
         self.rules.of(&base.source.meta().namespace, &base.host, self.cx)?.hash(port, subset, by_port)
     }
+
+    fn tunnel(&self, host: &str, subset: &str) -> Option<String> {
+        if !self.rules.tunnel() {
+            return None;
+        }
+        let base = &self.resolve(host)?.services.first()?.member.clone();
+        self.rules.of(&base.source.meta().namespace, &base.host, self.cx)?.tunnel(subset)
+    }
 }

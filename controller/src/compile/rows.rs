@@ -97,6 +97,8 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
         ranked.iter().filter(|(_, c, _)| c.http && !http_class(c.protocol)).cloned().collect();
     let http = first(&sniffed).map(|mut choice| {
         let Some((_, chain, group)) = sniffed.first() else { return choice };
+        // Requests are in no tunnel.
+        (choice.cluster, choice.routes) = (group.cluster(chain.port), None);
         if !single_route(group, chain) {
             choice.cluster = ClusterName::default();
             return choice;
@@ -165,7 +167,7 @@ fn first(ranked: &[Ranked<'_>]) -> Option<Choice> {
             let losers = decide(ClusterName::default(), routed.winner.clone(), origins).losers;
             Choice { losers, ..Choice::clone(routed) }
         }
-        None => decide(group.cluster(chain.port), order.member.source.origin(), origins),
+        None => group.tunnelled(decide(group.cluster(chain.port), order.member.source.origin(), origins)),
     })
 }
 

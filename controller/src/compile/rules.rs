@@ -22,6 +22,8 @@ type Place = (bool, i64, String);
 pub(crate) struct Rules {
     /// How many of them hash.
     hashing: usize,
+    /// How many have a tunnel.
+    tunnels: usize,
     by_namespace: HashMap<String, BTreeMap<Place, Arc<Checked<DestinationRule>>>>,
 }
 
@@ -41,6 +43,12 @@ impl Rules {
         let namespace = self.by_namespace.entry(rule.meta.namespace.to_string()).or_default();
         namespace.insert(place(rule), Arc::clone(rule));
         self.hashing += usize::from(hashes(&rule.spec));
+        self.tunnels += usize::from(tunnels(&rule.spec));
+    }
+
+    /// Whether connections may be tunnelled.
+    pub(crate) fn tunnel(&self) -> bool {
+        self.tunnels > 0
     }
 
     /// Whether routes may depend on rules, and not clusters alone.
@@ -53,6 +61,7 @@ impl Rules {
             namespace.remove(&place(rule));
         }
         self.hashing -= usize::from(hashes(&rule.spec));
+        self.tunnels -= usize::from(tunnels(&rule.spec));
     }
 
     /// The rule for a service of that namespace: first of the subscriber's namespace, then of the service's, then of
@@ -121,6 +130,12 @@ fn hashes(spec: &DestinationRule) -> bool {
         [&p.load_balancer].into_iter().chain(p.port_level_settings.iter().map(|level| &level.load_balancer))
     });
     balancers.flatten().any(|balancer| balancer.consistent_hash.is_some())
+}
+
+/// Whether the rule has connections tunnelled.
+pub(crate) fn tunnels(spec: &DestinationRule) -> bool {
+    let policies = spec.traffic_policy.iter().chain(spec.subsets.iter().filter_map(|s| s.traffic_policy.as_ref()));
+    policies.into_iter().any(|policy| policy.tunnel.is_some())
 }
 
 fn key(hash: &ConsistentHash) -> Option<HashKey> {
@@ -207,6 +222,19 @@ impl Merged {
         self.subsets.iter().find(|subset| subset.name == name).map(|subset| &subset.labels)
     }
 
+    /// What connections ask for in a tunnel (SEMANTICS 5.9), as `HOST:PORT`: by the subset's settings, else the rule's. A
+    /// port has none of its own.
+    pub(crate) fn tunnel(&self, subset: &str) -> Option<String> {
+        let subset = self.subsets.iter().find(|known| !subset.is_empty() && known.name == subset);
+        let of_subset = subset.and_then(|subset| subset.traffic_policy.as_ref()).and_then(|p| p.tunnel.as_ref());
+        let tunnel = of_subset.or_else(|| self.policy.as_ref()?.tunnel.as_ref())?;
+        let host = match tunnel.target_host.parse::<IpAddr>() {
+            Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
+            _ => tunnel.target_host.clone(),
+        };
+        Some(format!("{host}:{}", tunnel.target_port))
+    }
+
     /// What requests to a port are kept together by (SEMANTICS 4.6): the subset's settings before the rule's. Those of the
     /// port count where a route names it (`by_port`), or there is no route.
     pub(crate) fn hash(&self, port: u16, subset: &str, by_port: bool) -> Option<HashKey> {
@@ -267,15 +295,15 @@ pub fn unserved(spec: &DestinationRule) -> Vec<&'static str> {
         }
         for tls in levels.map(|level| &level.tls).chain([&policy.tls]).flatten() {
             if tls.mode == ClientTlsMode::IstioMutual {
-                out.insert("tls mode ISTIO_MUTUAL, which needs a certificate of the mesh: plain text is sent");
+                out.insert("tls mode ISTIO_MUTUAL where a proxy has no --mesh-certificates: plain text is sent");
             } else if !tls.credential_name.is_empty() && tls.mode != ClientTlsMode::Disable {
                 out.insert("tls by credentialName: plain text is sent");
             } else if tls.ca_certificates.is_empty() && tls.mode != ClientTlsMode::Disable {
                 out.insert("verification of the server, which needs tls.caCertificates");
             }
         }
-        if policy.tunnel.is_some() {
-            out.insert("tunnel");
+        if policy.tunnel.as_ref().is_some_and(|tunnel| tunnel.protocol == "POST") {
+            out.insert("tunnel.protocol POST: CONNECT is used");
         }
     }
     out.into_iter().collect()

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::BLACK_HOLE;
-use super::settings::{FIELD, Settings};
+use super::settings::{FIELD, MESH_CERTIFICATES, Settings};
 
 /// Name of the controller's cluster.
 pub const CONTROLLER: &str = "portolan";
@@ -119,6 +119,8 @@ pub struct Bootstrap {
     pub controller: (String, u16),
     /// `None`: plain text.
     pub tls: Option<ControllerTls>,
+    /// Folder of the mesh's certificates, where Envoy runs.
+    pub mesh_certificates: Option<String>,
     /// What the listeners need to know.
     pub settings: Settings,
     /// Envoy's own admin port.
@@ -170,6 +172,7 @@ impl Bootstrap {
                 "NAMESPACE": namespace,
                 "LABELS": self.labels,
                 "INSTANCE_IPS": ips.join(","),
+                MESH_CERTIFICATES: self.mesh_certificates.as_deref().unwrap_or_default(),
                 FIELD: self.settings,
             },
         })

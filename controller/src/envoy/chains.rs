@@ -227,6 +227,11 @@ impl Chains {
             };
             filters.push(filter("envoy.filters.network.sni_dynamic_forward_proxy", &resolve));
         }
+        if self.needs.tunnels {
+            // None but those that the filter says.
+            let off = state("envoy.tcp_proxy.disable_tunneling", "true");
+            filters.insert(0, filter("envoy.filters.network.set_filter_state", &off));
+        }
         filters.push(filter("envoy.filters.network.tcp_proxy", &self.tcp_proxy(listener)));
         FilterChain { name: "tcp".to_owned(), filters, ..FilterChain::default() }
     }
@@ -268,7 +273,7 @@ impl Chains {
 
     /// A chain that closes every connection.
     pub(super) fn black_hole(&self) -> FilterChain {
-        let refuse = TcpProxy { on_demand: None, ..self.tcp_proxy(BLACK_HOLE) };
+        let refuse = TcpProxy { on_demand: None, tunneling_config: None, ..self.tcp_proxy(BLACK_HOLE) };
         let filters = vec![filter("envoy.filters.network.tcp_proxy", &refuse)];
         FilterChain { name: "blackhole".to_owned(), filters, ..FilterChain::default() }
     }
@@ -284,6 +289,10 @@ impl Chains {
                 ..tcp_proxy::OnDemand::default()
             }),
             access_log: self.access_log(),
+            tunneling_config: self.needs.tunnels.then(|| tcp_proxy::TunnelingConfig {
+                hostname: "%FILTER_STATE(wasm.portolan.tunnel:PLAIN)%".to_owned(),
+                ..tcp_proxy::TunnelingConfig::default()
+            }),
             // Only a cluster that balances by hash asks for it.
             hash_policy: vec![HashPolicy {
                 policy_specifier: Some(hash_policy::PolicySpecifier::SourceIp(hash_policy::SourceIp {})),
@@ -397,15 +406,20 @@ fn say_destination(value: &str) -> core::TypedExtensionConfig {
 
 /// The port at which a name is dialled, as the cluster wants to be told.
 fn dialled_port() -> SetFilterState {
+    state("envoy.upstream.dynamic_port", "%DOWNSTREAM_LOCAL_PORT%")
+}
+
+/// Says something of a connection at its begin.
+fn state(key: &str, text: &str) -> SetFilterState {
     let format = core::SubstitutionFormatString {
         format: Some(core::substitution_format_string::Format::TextFormatSource(core::DataSource {
-            specifier: Some(core::data_source::Specifier::InlineString("%DOWNSTREAM_LOCAL_PORT%".to_owned())),
+            specifier: Some(core::data_source::Specifier::InlineString(text.to_owned())),
             ..core::DataSource::default()
         })),
         ..core::SubstitutionFormatString::default()
     };
     let value = FilterStateValue {
-        key: Some(filter_state_value::Key::ObjectKey("envoy.upstream.dynamic_port".to_owned())),
+        key: Some(filter_state_value::Key::ObjectKey(key.to_owned())),
         value: Some(filter_state_value::Value::FormatString(format)),
         ..FilterStateValue::default()
     };

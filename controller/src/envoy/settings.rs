@@ -11,6 +11,9 @@ use thiserror::Error;
 /// The field of the node's metadata.
 pub const FIELD: &str = "PORTOLAN";
 
+/// The field of the node's metadata, of `proxy-host` too, that names the folder of the mesh's certificates.
+pub const MESH_CERTIFICATES: &str = "MESH_CERTIFICATES";
+
 /// What to do before the filter has its first snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -26,10 +26,10 @@ use super::listeners::Listeners;
 use super::peer::{self, Peer};
 use super::sessions::{Listed, Session};
 use super::{Counters, Open};
-use crate::cluster;
+use crate::cluster::{self, mesh_tls};
 use crate::envoy::listeners::Renderer;
 use crate::envoy::server_tls;
-use crate::envoy::settings::Settings;
+use crate::envoy::settings::{MESH_CERTIFICATES, Settings};
 use crate::model::{Role, Scope};
 use crate::publish::{Names, Published, Publisher};
 
@@ -442,6 +442,7 @@ impl Stream {
                 Some(mut cluster) => {
                     self.going.remove(&name);
                     let version = cluster_version(&cluster);
+                    mesh_tls::place(&mut cluster, mesh_certificates(&self.node));
                     if envoy {
                         crate::envoy::adapt(&mut cluster);
                     }
@@ -508,6 +509,14 @@ fn plan_version(plan: &ListenerPlan) -> String {
 
 fn cluster_version(cluster: &Cluster) -> String {
     format!("{:016x}", cluster::digest(cluster))
+}
+
+/// The folder of the mesh's certificates, where the node runs.
+fn mesh_certificates(node: &Node) -> Option<&str> {
+    match &node.metadata.as_ref()?.fields.get(MESH_CERTIFICATES)?.kind {
+        Some(Kind::StringValue(folder)) => Some(folder.as_str()).filter(|folder| !folder.is_empty()),
+        _ => None,
+    }
 }
 
 /// The scope that a node's metadata and id name; what is missing in the metadata is taken from the id

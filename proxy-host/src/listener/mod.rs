@@ -14,6 +14,7 @@ pub mod sniff;
 pub mod strict;
 pub mod tcp;
 pub mod termination;
+pub mod tunnel;
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 

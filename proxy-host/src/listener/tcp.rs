@@ -7,6 +7,7 @@ use socket2::SockRef;
 use super::{
     relay::{Moved, Socket, relay},
     rewind::Rewind,
+    tunnel::{self, TunnelError},
 };
 use crate::{
     access_log::Entry,
@@ -43,10 +44,10 @@ async fn carry(
     client: &mut Rewind,
     entry: &mut Entry,
 ) -> Result<(), &'static str> {
-    let (name, _stream) = match worker.filter.connection(connection).await {
-        TcpVerdict::Cluster(name, stream) => {
+    let (name, tunnel, _stream) = match worker.filter.connection(connection).await {
+        TcpVerdict::Cluster(name, tunnel, stream) => {
             entry.decision = stream.decision();
-            (name, stream)
+            (name, tunnel, stream)
         }
         TcpVerdict::Close(decision) => {
             entry.decision = decision;
@@ -79,7 +80,7 @@ async fn carry(
     };
     let _active = endpoint.begin();
     entry.upstream = endpoint.address().map(ToString::to_string);
-    let upstream = match cluster.connect(&endpoint, &wanted).await {
+    let mut upstream = match cluster.connect(&endpoint, &wanted).await {
         Ok((upstream, address)) => {
             entry.upstream = Some(address.to_string());
             upstream
@@ -89,6 +90,13 @@ async fn carry(
             return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF" });
         }
     };
+    if let Some(to) = &tunnel {
+        let asked = tokio::time::timeout(cluster.spec().connect_timeout, tunnel::ask(&mut upstream, to)).await;
+        if let Err(error) = asked.unwrap_or(Err(TunnelError::Silent)) {
+            entry.reason = Some(error.to_string());
+            return Err("UF");
+        }
+    }
     let options = &cluster.spec().options;
     let time = options.tcp_idle.unwrap_or(worker.config.tcp_idle);
     let ended = {
