@@ -13,8 +13,9 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::{sync::Notify, task::AbortHandle};
 
-use crate::{access_log::Entry, flags, idle, replay, router::Deadline, upstream::http::Lease};
+use crate::{access_log::Entry, exec, flags, idle, replay, router::Deadline, upstream::http::Lease};
 
 /// Why a body does not go on.
 #[derive(Debug, thiserror::Error)]
@@ -184,8 +185,29 @@ pub struct ResponseBody {
     received: Rc<Received>,
     entry: Box<Entry>,
     idle: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    unread: Option<Unread>,
     /// What lives as long as the stream.
     held: Option<Rc<dyn Any>>,
+}
+
+/// Ends the stream of a client that does not read: while it does not, nobody polls the body.
+struct Unread {
+    over: Rc<Cell<bool>>,
+    watch: AbortHandle,
+}
+
+impl Unread {
+    fn after(idle: Duration, received: Rc<Received>, end: Rc<Notify>) -> Self {
+        let over = Rc::new(Cell::new(false));
+        let is_over = over.clone();
+        let watch = tokio::task::spawn_local(async move {
+            // Later than the body itself says so, if it is polled.
+            idle::quiet(idle + idle / 4, || Some(received.moved())).await;
+            is_over.set(true);
+            end.notify_one();
+        });
+        Self { over, watch: watch.abort_handle() }
+    }
 }
 
 enum Source {
@@ -198,13 +220,20 @@ impl ResponseBody {
     #[must_use]
     pub fn local(body: Bytes, received: Rc<Received>, entry: Box<Entry>) -> Self {
         let source = Source::Local((!body.is_empty()).then_some(body));
-        Self { source, received, entry, idle: None, held: None }
+        Self { source, received, entry, idle: None, unread: None, held: None }
     }
 
     /// No body, and no line in the access log: another task writes it.
     #[must_use]
     pub fn silent(received: Rc<Received>) -> Self {
-        Self { source: Source::Local(None), received, entry: Box::new(Entry::silent()), idle: None, held: None }
+        Self {
+            source: Source::Local(None),
+            received,
+            entry: Box::new(Entry::silent()),
+            idle: None,
+            unread: None,
+            held: None,
+        }
     }
 
     /// The upstream's body; its connection goes back to the pool when the body is through.
@@ -218,7 +247,7 @@ impl ResponseBody {
     ) -> Self {
         let mut source = Source::Upstream(body, Some(lease), deadline);
         source.finish_at_end(&received);
-        Self { source, received, entry, idle: None, held: None }
+        Self { source, received, entry, idle: None, unread: None, held: None }
     }
 
     /// Keeps this for as long as the stream goes on.
@@ -233,6 +262,7 @@ impl ResponseBody {
     pub fn limited(mut self, idle: Duration) -> Self {
         if !idle.is_zero() && !self.is_end_stream() {
             let received = self.received.clone();
+            self.unread = exec::end().map(|end| Unread::after(idle, received.clone(), end));
             self.idle = Some(Box::pin(async move { idle::quiet(idle, || Some(received.moved())).await }));
         }
         self
@@ -325,6 +355,13 @@ impl Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
+        if let Some(unread) = self.unread.take() {
+            unread.watch.abort();
+            if unread.over.get() {
+                self.entry.flags = flags::join(self.entry.flags, "SI");
+                self.entry.reason = Some("stream_idle_timeout".into());
+            }
+        }
         self.entry.received = self.received.bytes();
     }
 }

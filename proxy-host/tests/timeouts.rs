@@ -62,6 +62,41 @@ fn an_answer_that_stops_is_cut_off() {
     assert!(line.contains(" 200 SI ") && line.contains("stream_idle_timeout"), "{line}");
 }
 
+/// An origin whose answer fills every buffer on its way.
+fn endless() -> SocketAddr {
+    origin(|mut peer, _| {
+        peer.head()?;
+        peer.say("HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n")?;
+        let part = "x".repeat(1 << 16);
+        loop {
+            peer.say(&part)?;
+        }
+    })
+}
+
+#[test]
+fn an_answer_that_nobody_reads_is_cut_off() {
+    let proxy = proxy(endless());
+    let mut client = proxy.connect();
+    client.write_all(GET.as_bytes()).unwrap();
+    let line = proxy.line();
+    assert!(line.contains(" 200 SI ") && line.contains("stream_idle_timeout"), "{line}");
+}
+
+#[test]
+fn a_stream_whose_window_stays_shut_is_reset_alone() {
+    let proxy = proxy(endless());
+    let mut client = raw_http2::Client::connect(proxy.address);
+    let ends = raw_http2::END_STREAM | raw_http2::END_HEADERS;
+    client.send(&raw_http2::frame(raw_http2::HEADERS, ends, 1, raw_http2::GET));
+    let (_, stream, _) = client.frame_of(&[raw_http2::RST_STREAM, raw_http2::GOAWAY]).unwrap();
+    assert_eq!(stream, 1);
+    let line = proxy.line();
+    assert!(line.contains(" 200 SI ") && line.contains("stream_idle_timeout"), "{line}");
+    client.send(&raw_http2::frame(raw_http2::PING, 0, 0, b"12345678"));
+    assert!(client.frame_of(&[raw_http2::PING]).is_some());
+}
+
 #[test]
 fn a_stream_that_moves_goes_on_for_as_long_as_it_likes() {
     let address = origin(|mut peer, _| {

@@ -17,6 +17,7 @@ use super::{
     rewind::Rewind,
     server::{self, HttpLimits},
 };
+use crate::exec;
 
 /// How long a connection is left alone before it is looked at. It is short, so that many that come at once and then
 /// wait never need their memory at the same time.
@@ -49,7 +50,13 @@ pub(super) async fn serve<S, B>(
         let guard = Guard::new(client, control.clone(), limits);
         // In a box, which is given back with all else.
         let requests = requests(guard, stop.clone(), &control, &service, (idle, patience.min(most), most), &look);
-        let Some((parked, since)) = Box::pin(requests).await else { return };
+        let served = if limits.stream_idle.is_zero() {
+            Box::pin(requests).await
+        } else {
+            // A stream that is to end ends its connection.
+            exec::endable(Box::pin(requests)).await.flatten()
+        };
+        let Some((parked, since)) = served else { return };
         client = parked;
         let begun = Instant::now();
         tokio::select! {

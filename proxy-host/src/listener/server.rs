@@ -20,7 +20,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
 use super::{calm::Calm, guard::Control, keep_alive, rewind::Rewind};
-use crate::{exec::LocalExec, idle};
+use crate::{exec::StreamExec, idle};
 
 /// Connections that are told to end for want of requests get this long (Envoy's `drain_timeout`).
 const DRAIN: Duration = Duration::from_secs(5);
@@ -77,7 +77,7 @@ pub async fn serve<S, B>(
     S::Error: Into<Box<dyn Error + Send + Sync>>,
     B: Body + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
-    LocalExec: Http2ServerConnExec<S::Future, B>,
+    StreamExec: Http2ServerConnExec<S::Future, B>,
 {
     if http2 {
         // In a box, so that connections of the other version have no room for it.
@@ -99,11 +99,11 @@ async fn serve_http2<S, B>(
     S::Error: Into<Box<dyn Error + Send + Sync>>,
     B: Body + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
-    LocalExec: Http2ServerConnExec<S::Future, B>,
+    StreamExec: Http2ServerConnExec<S::Future, B>,
 {
     let mut calm = Calm::new(client, limits.header_time);
     {
-        let mut builder = http2::Builder::new(LocalExec);
+        let mut builder = http2::Builder::new(StreamExec { endable: !limits.stream_idle.is_zero() });
         builder
             .timer(TokioTimer::new())
             .max_header_list_size(limits.header_bytes)
