@@ -17,7 +17,10 @@ use std::{
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use crate::stats::{Ending, Recorder, WorkerStats};
+use crate::{
+    stats::{Ending, Recorder, WorkerStats},
+    upstream::cluster::Address,
+};
 
 /// A buffer of this many bytes is handed over at once.
 const FULL: usize = 64 * 1024;
@@ -266,7 +269,8 @@ impl Drop for Inner {
 #[derive(Debug)]
 pub struct Entry {
     log: Option<WorkerLog>,
-    start: SystemTime,
+    /// When it began, where that is written.
+    start: Option<SystemTime>,
     begun: Instant,
     /// Method, path and protocol of a request; `None` for TCP.
     pub request: Option<(String, String, &'static str)>,
@@ -285,7 +289,7 @@ pub struct Entry {
     /// The host that was asked for, or the server name.
     pub authority: Option<String>,
     /// The address that was connected to.
-    pub upstream: Option<String>,
+    pub upstream: Option<Address>,
     /// The cluster that was chosen.
     pub cluster: Option<String>,
     /// Envoy's response code details, where they are not `via_upstream`; why a TCP connection ended.
@@ -311,7 +315,7 @@ struct Json<'e> {
     response_flags: &'e str,
     start_time: String,
     upstream_cluster: Option<&'e str>,
-    upstream_host: Option<&'e str>,
+    upstream_host: Option<String>,
     upstream_service_time: Option<u64>,
     user_agent: Option<&'e str>,
     x_forwarded_for: Option<&'e str>,
@@ -326,6 +330,7 @@ impl Entry {
     #[must_use]
     pub fn new(log: &WorkerLog) -> Self {
         let mut entry = Self::silent();
+        entry.start = log.is_on().then(SystemTime::now);
         entry.log = Some(log.clone());
         entry
     }
@@ -335,7 +340,7 @@ impl Entry {
     pub fn silent() -> Self {
         Self {
             log: None,
-            start: SystemTime::now(),
+            start: None,
             begun: Instant::now(),
             request: None,
             status: 0,
@@ -358,6 +363,10 @@ impl Entry {
         self.begun.elapsed()
     }
 
+    fn start(&self) -> SystemTime {
+        self.start.unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
     fn flags(&self) -> &str {
         if self.flags.is_empty() { "-" } else { self.flags }
     }
@@ -371,7 +380,7 @@ impl Entry {
     }
 
     fn text(&self, took: Duration, line: &mut String) {
-        let _ = write!(line, "[{}] \"", humantime::format_rfc3339_millis(self.start));
+        let _ = write!(line, "[{}] \"", humantime::format_rfc3339_millis(self.start()));
         match &self.request {
             Some((method, path, protocol)) => {
                 push(line, Some(method));
@@ -391,7 +400,8 @@ impl Entry {
             None => line.push('-'),
         }
         let [forwarded, agent, id] = self.headers.each_ref().map(Option::as_deref);
-        let (authority, upstream) = (self.authority.as_deref(), self.upstream.as_deref());
+        let upstream = self.upstream.as_ref().map(ToString::to_string);
+        let (authority, upstream) = (self.authority.as_deref(), upstream.as_deref());
         let details = self.details();
         for value in
             [forwarded, agent, id, authority, upstream, self.cluster.as_deref(), details.as_deref(), self.decision()]
@@ -424,9 +434,9 @@ impl Entry {
             response_code: self.status,
             response_code_details: details.as_deref(),
             response_flags: self.flags(),
-            start_time: humantime::format_rfc3339_millis(self.start).to_string(),
+            start_time: humantime::format_rfc3339_millis(self.start()).to_string(),
             upstream_cluster: self.cluster.as_deref(),
-            upstream_host: self.upstream.as_deref(),
+            upstream_host: self.upstream.as_ref().map(ToString::to_string),
             upstream_service_time: self.service_time.map(millis),
             user_agent: agent,
             x_forwarded_for: forwarded,
@@ -467,7 +477,7 @@ mod tests {
 
     fn entry(log: &WorkerLog) -> Entry {
         let mut entry = Entry::new(log);
-        entry.start = SystemTime::UNIX_EPOCH;
+        entry.start = Some(SystemTime::UNIX_EPOCH);
         entry.request = Some(("GET".into(), "/a".into(), "HTTP/1.1"));
         entry.status = 502;
         entry.headers[1] = Some("say \"hi\"\r\nforged".into());
@@ -505,7 +515,7 @@ mod tests {
     fn an_answer_of_the_upstream_is_via_upstream() {
         let (log, lines) = AccessLog::channel_of(Format::Json);
         let mut entry = entry(&WorkerLog::new(log, Arc::default()));
-        (entry.reason, entry.upstream) = (None, Some("1.2.3.4:80".into()));
+        (entry.reason, entry.upstream) = (None, Some(Address::Ip(([1, 2, 3, 4], 80).into())));
         drop(entry);
         assert!(lines.recv().unwrap().contains("\"response_code_details\":\"via_upstream\""));
     }

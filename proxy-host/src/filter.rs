@@ -86,14 +86,35 @@ impl Connection {
     }
 }
 
+/// An address as text. Each request has one: by the formatter it would take twenty times as long.
+fn address_text(address: SocketAddr) -> Vec<u8> {
+    fn number(out: &mut Vec<u8>, number: u16) {
+        for unit in [10_000, 1000, 100, 10, 1] {
+            if number >= unit || unit == 1 {
+                out.push(b"0123456789"[usize::from(number / unit % 10)]);
+            }
+        }
+    }
+    let SocketAddr::V4(address) = address else { return address.to_string().into_bytes() };
+    let mut out = Vec::with_capacity("255.255.255.255:65535".len());
+    for (index, octet) in address.ip().octets().into_iter().enumerate() {
+        if index > 0 {
+            out.push(b'.');
+        }
+        number(&mut out, octet.into());
+    }
+    out.push(b':');
+    number(&mut out, address.port());
+    out
+}
+
 impl Properties for Connection {
     fn get(&self, path: &[&[u8]]) -> Option<Cow<'_, [u8]>> {
-        let text = |text: String| Some(Cow::Owned(text.into_bytes()));
         let number = |number: u64| Some(Cow::Owned(number.to_le_bytes().to_vec()));
         match path {
-            [b"destination", b"address"] => text(self.destination.to_string()),
+            [b"destination", b"address"] => Some(Cow::Owned(address_text(self.destination))),
             [b"destination", b"port"] => number(self.destination.port().into()),
-            [b"source", b"address"] => text(self.source.to_string()),
+            [b"source", b"address"] => Some(Cow::Owned(address_text(self.source))),
             [b"source", b"port"] => number(self.source.port().into()),
             [b"connection", b"id"] => number(self.id),
             [b"connection", b"requested_server_name"] => self.server_name.as_deref().map(Cow::Borrowed),
@@ -372,6 +393,14 @@ mod tests {
     use crate::vm::{PluginConfig, PluginKind};
     use tokio::{sync::mpsc, task::LocalSet};
     use tonic::transport::Endpoint;
+
+    #[test]
+    fn an_address_has_the_text_that_the_formatter_gives() {
+        for text in ["0.0.0.0:0", "255.255.255.255:65535", "10.20.30.104:8080", "1.2.3.4:10000", "[2001:db8::1]:443"] {
+            let address: SocketAddr = text.parse().unwrap();
+            assert_eq!(address_text(address), text.as_bytes());
+        }
+    }
 
     /// A filter that crashes in the two callbacks that decide.
     const CRASHES: &str = r#"(module

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_TYPE, Entry, TE, TRANSFER_ENCODING, UPGRADE},
 };
 
 /// Whether Envoy takes a request of this method: those that its parser knows; it answers any other with 400.
@@ -80,13 +80,11 @@ pub fn prepare(headers: &mut HeaderMap) {
         }
     }
     // An application that knows better is believed, as by a sidecar's Envoy.
-    if !headers.contains_key(X_FORWARDED_PROTO) {
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
-    }
-    if !headers.contains_key(X_REQUEST_ID)
+    headers.entry(X_FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
+    if let Entry::Vacant(place) = headers.entry(X_REQUEST_ID)
         && let Ok(id) = HeaderValue::from_bytes(&uuid())
     {
-        headers.insert(X_REQUEST_ID, id);
+        place.insert(id);
     }
 }
 

@@ -13,13 +13,13 @@ use hyper::body::{Body as _, Incoming};
 use self::policy::{Ended, back_off};
 pub use self::{
     failure::{Failure, Tries},
-    policy::{Policy, abort, delay},
+    policy::{Policy, abort, delay, has_fault},
 };
 use crate::{
     access_log::Entry,
     body::{Received, RequestBody},
     flags,
-    headers::Orders,
+    headers::{Orders, X_REQUEST_ID},
     listener::{guard::Control, http::target},
     replay::Held,
     stats,
@@ -149,6 +149,10 @@ fn towards(head: RequestHead, http2: bool) -> Result<(Method, Uri, HeaderMap), F
     if http2 {
         headers.remove(::http::header::CONNECTION);
         headers.remove(::http::header::UPGRADE);
+        if let Some(id) = headers.get_mut(X_REQUEST_ID) {
+            // It is never the same again: to compress it would compare it with all that went before, for nothing.
+            id.set_sensitive(true);
+        }
     }
     if let Some(authority) = head.authority.filter(|_| !http2 || uri.authority().is_none()) {
         headers.insert(HOST, authority);
@@ -291,7 +295,7 @@ impl Way<'_> {
             let limit = policy.per_try.map(|time| (time, source.body().cloned()));
             let failure = match http::send(self.cluster, &endpoint, request, self.http2, apart.as_ref(), limit).await {
                 Ok((response, lease)) => {
-                    entry.upstream = Some(lease.address.to_string());
+                    entry.upstream = Some(lease.address.clone());
                     self.cluster.note(&endpoint, Outcome::Status(response.status().as_u16()));
                     if !policy.rejects(&response) {
                         return Ok((response, lease));
@@ -329,13 +333,13 @@ impl Way<'_> {
         };
         match error {
             SendError::Reset { error, address } => {
-                entry.upstream = Some(address.to_string());
+                entry.upstream = Some(address);
                 self.cluster.note(endpoint, Outcome::Broken);
                 let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
                 (!again(source, ended, true)).then(|| Failure::Reset(error, progress.tries))
             }
             SendError::Timeout(address) => {
-                entry.upstream = Some(address.to_string());
+                entry.upstream = Some(address);
                 self.cluster.note(endpoint, Outcome::Late);
                 stats::here(|stats| stats.upstream_try_timeouts.add(1));
                 let over = !again(source, Ended::Timeout, true);
@@ -345,7 +349,7 @@ impl Way<'_> {
             // What is too much already is not tried again.
             SendError::Overflow => Some(Failure::Overflow(progress.tries)),
             SendError::Connect(error, address, unsent) => {
-                entry.upstream = address.map(|address| address.to_string());
+                entry.upstream = address;
                 if let ConnectError::Overflow = error {
                     return Some(Failure::Overflow(progress.tries));
                 }
@@ -395,13 +399,13 @@ pub async fn connect(
     entry: &mut Entry,
 ) -> Result<(Stream, Active), Failure> {
     let endpoint = choose(worker, cluster, wanted, &[]).await.map_err(Failure::Choose)?;
-    entry.upstream = endpoint.address().map(ToString::to_string);
+    entry.upstream = endpoint.address().cloned();
     let active = endpoint.begin();
     let connected = cluster.connect(&endpoint, wanted).await;
     let (stream, address) = connected.map_err(|error| match error {
         ConnectError::Overflow => Failure::Overflow(Tries::default()),
         error => Failure::Connect(error, Tries::default()),
     })?;
-    entry.upstream = Some(address.to_string());
+    entry.upstream = Some(address);
     Ok((stream, active))
 }

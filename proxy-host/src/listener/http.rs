@@ -133,8 +133,9 @@ async fn answer(
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(Box::pin(exchange.shown(|e| e.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"))).await);
     };
-    let delay = router::delay(&mut head.headers);
-    if let Some((status, grpc)) = router::abort(&mut head.headers) {
+    let faulty = router::has_fault(&head.headers);
+    let delay = if faulty { router::delay(&mut head.headers) } else { None };
+    if faulty && let Some((status, grpc)) = router::abort(&mut head.headers) {
         if let Some(delay) = delay {
             exchange.entry.flags = "DI";
             Box::pin(tokio::time::sleep(delay)).await;

@@ -287,6 +287,22 @@ fn all(text: &[u8], is: impl Fn(u8) -> bool) -> bool {
     text.iter().fold(true, |all, byte| all & is(*byte))
 }
 
+/// Whether a word of eight bytes has only visible ASCII from `least` (at most 128) on: one look where [`all`] takes eight.
+/// A no may be wrong.
+fn is_plain(word: u64, least: u8) -> bool {
+    const ONES: u64 = u64::MAX / 255;
+    const HIGH: u64 = ONES * 0x80;
+    let too_low = word.wrapping_sub(ONES * u64::from(least));
+    let deleted = (word ^ (ONES * 0x7f)).wrapping_sub(ONES);
+    (too_low | deleted | word) & HIGH == 0
+}
+
+/// As [`all`], where nearly always all bytes are visible ASCII from `least` on, which are such.
+fn all_plain(text: &[u8], least: u8, is: impl Fn(u8) -> bool + Copy) -> bool {
+    let (words, rest) = text.as_chunks::<8>();
+    words.iter().all(|word| is_plain(u64::from_le_bytes(*word), least) || all(word, is)) && all(rest, is)
+}
+
 /// Name and value of a header line.
 fn header(text: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     let colon = memchr(b':', text).ok_or(CODEC)?;
@@ -294,7 +310,7 @@ fn header(text: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     if name.is_empty() || !all(name, |b| TOKEN[usize::from(b)]) {
         return Err(CHARACTERS);
     }
-    if !all(value, is_value) {
+    if !all_plain(value, b' ', is_value) {
         return Err(CODEC);
     }
     Ok((name, value.trim_ascii()))
@@ -359,7 +375,7 @@ impl Head {
         }
         // The two spaces are the only ones.
         let target = text.get(first + 1..last).ok_or(CODEC)?;
-        if target.is_empty() || !all(target, |b| matches!(b, b'!'..=b'~')) {
+        if target.is_empty() || !all_plain(target, b'!', |b| matches!(b, b'!'..=b'~')) {
             return Err(CODEC);
         }
         let path = &target[..memchr(b'?', target).unwrap_or(target.len())];
@@ -464,6 +480,21 @@ mod tests {
             }
         }
         (passed, None)
+    }
+
+    #[test]
+    fn bytes_are_judged_alike_alone_and_by_eight() {
+        let visible = |b: u8| matches!(b, b'!'..=b'~');
+        for byte in 0..=255 {
+            for other in [b'a', b' ', b'!', b'~', b'\t', 0, 0x1f, 0x7f, 0x80, 0xff] {
+                for at in 0..9 {
+                    let mut text = [other; 9];
+                    text[at] = byte;
+                    assert_eq!(all_plain(&text, b' ', is_value), all(&text, is_value), "{text:?}");
+                    assert_eq!(all_plain(&text, b'!', visible), all(&text, visible), "{text:?}");
+                }
+            }
+        }
     }
 
     const CHUNKED: &[u8] = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";

@@ -79,10 +79,10 @@ async fn carry(
         }
     };
     let _active = endpoint.begin();
-    entry.upstream = endpoint.address().map(ToString::to_string);
+    entry.upstream = endpoint.address().cloned();
     let mut upstream = match cluster.connect(&endpoint, &wanted).await {
         Ok((upstream, address)) => {
-            entry.upstream = Some(address.to_string());
+            entry.upstream = Some(address);
             upstream
         }
         Err(error) => {

@@ -11,6 +11,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(25), Duration::from
 /// A delay is never longer than this, whoever asks for it.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
+const RATE_LIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const EXPECTED: &str = "x-envoy-expected-rq-timeout-ms";
 
 /// On what a request is tried again (`x-envoy-retry-on` and `x-envoy-retry-grpc-on`).
@@ -164,7 +166,7 @@ impl Policy {
     /// Whether a response is one that asks for another attempt.
     #[must_use]
     pub fn rejects<B>(&self, response: &Response<B>) -> bool {
-        if response.headers().contains_key("x-envoy-ratelimited") {
+        if response.headers().contains_key(RATE_LIMITED) {
             return self.on.has(Conditions::RATE_LIMITED);
         }
         let status = response.status();
@@ -174,7 +176,7 @@ impl Policy {
             || self.on.has(Conditions::RETRIABLE_4XX) && code == 409
             || self.on.has(Conditions::STATUS_CODES) && self.codes.contains(&status)
             || self.on.has(Conditions::HEADERS) && self.headers.iter().any(|n| response.headers().contains_key(n))
-            || response.headers().get("grpc-status").is_some_and(|status| {
+            || response.headers().get(GRPC_STATUS).is_some_and(|status| {
                 let condition = match status.as_bytes() {
                     b"1" => Conditions::CANCELLED,
                     b"4" => Conditions::DEADLINE_EXCEEDED,
@@ -201,6 +203,12 @@ impl Policy {
 pub async fn back_off(retry: u32) {
     let longest = BACKOFF.0 * ((1 << retry.min(8)) - 1);
     tokio::time::sleep(longest.min(BACKOFF.1).mul_f64(fastrand::f64())).await;
+}
+
+/// Whether the filter orders a fault. One look at all names costs less than one look for each.
+#[must_use]
+pub fn has_fault(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| name.as_str().starts_with("x-envoy-fault-"))
 }
 
 /// The delay that the filter orders; a client's own order the filter has removed.

@@ -202,17 +202,20 @@ pub type Pairs = Vec<(Bytes, Bytes)>;
 /// Writes a map as the ABI's pairs: count, lengths, then each name and value with a NUL behind it.
 /// `pairs` is asked three times for the same pairs.
 pub(super) fn write_pairs<'a, I: Iterator<Item = (&'a [u8], &'a [u8])>>(out: &mut Vec<u8>, pairs: impl Fn() -> I) {
-    out.extend_from_slice(&length(pairs().count()));
-    for (name, value) in pairs() {
+    // Chained iterators are several times faster from within than by a loop outside.
+    let (count, bytes) = pairs().fold((0, 0), |(n, bytes), (name, value)| (n + 1, bytes + name.len() + value.len()));
+    out.reserve(4 + 10 * count + bytes);
+    out.extend_from_slice(&length(count));
+    pairs().for_each(|(name, value)| {
         out.extend_from_slice(&length(name.len()));
         out.extend_from_slice(&length(value.len()));
-    }
-    for (name, value) in pairs() {
+    });
+    pairs().for_each(|(name, value)| {
         out.extend_from_slice(name);
         out.push(0);
         out.extend_from_slice(value);
         out.push(0);
-    }
+    });
 }
 
 fn length(len: usize) -> [u8; 4] {
