@@ -50,12 +50,12 @@ pub(crate) struct At {
 }
 
 impl At {
-    fn captured(&self, address: IpAddr) -> Option<AddressListener> {
+    fn captured(self, address: IpAddr) -> Option<AddressListener> {
         let inspection = Some(self.inspection);
         (!self.bound).then(|| AddressListener { address: address.to_string(), inspection })
     }
 
-    fn socket(&self, address: IpAddr) -> Option<GatewayListener> {
+    fn socket(self, address: IpAddr) -> Option<GatewayListener> {
         let chain = |http: bool| GatewayServer {
             name: if http { "http" } else { "tcp" }.to_owned(),
             http,
