@@ -323,6 +323,34 @@ fn foreign_functions_steer_the_route() {
 }
 
 #[test]
+fn expressions_are_evaluated_over_attributes() {
+    // Each is made, evaluated, deleted, and then no longer there.
+    let value = |expression: &str| {
+        let body = format!(
+            "(call $check (call $foreign (i32.const 1024) (i32.const 11) (i32.const 1048) (i32.const {})
+               (i32.const 8) (i32.const 12)))
+             (i32.store (i32.const 16) (i32.load (i32.load (i32.const 8))))
+             (call $check (call $foreign (i32.const 1035) (i32.const 13) (i32.const 16) (i32.const 4)
+               (i32.const 8) (i32.const 12)))
+             (call $show)
+             (call $check (call $foreign (i32.const 1200) (i32.const 11) (i32.const 16) (i32.const 4)
+               (i32.const 8) (i32.const 12)))
+             (call $say (call $foreign (i32.const 1035) (i32.const 13) (i32.const 16) (i32.const 4)
+               (i32.const 8) (i32.const 12)))",
+            expression.len()
+        );
+        let data = format!("expr_createexpr_evaluate{expression:<152}expr_delete");
+        assert_eq!(data.len(), 187);
+        let logs = run(&body, &data).0.logs();
+        assert_eq!((logs.len(), &*logs[1]), (2, "\u{1}\0\0\0"), "{logs:?}");
+        logs[0].clone()
+    };
+    assert_eq!(value("request.method + ' ' + request.headers['x-two']"), "GET 1,2");
+    assert_eq!(value("request.path.startsWith('/') && !('x-z' in request.headers)"), "\u{1}");
+    assert_eq!(value("size(request.method) * 2"), "\u{6}\0\0\0\0\0\0\0");
+}
+
+#[test]
 fn the_embedder_adds_foreign_functions() {
     let body = "(call $check (call $foreign (i32.const 1024) (i32.const 4) (i32.const 1028) (i32.const 2)
                   (i32.const 8) (i32.const 12))) (call $show)";

@@ -5,6 +5,7 @@ use super::engine::{Engine, Limits};
 use super::env::{ContextId, Env, Properties};
 use super::error::{StartError, Trap};
 use super::exports::{self, Exports};
+use super::hostcalls::Expressions;
 use super::shared::{QueueWaker, Shared};
 use super::state::{HostState, PluginConfig, PluginKind, Root};
 use super::stream::{Effect, EffectKind, FilterState, HttpState, NetworkState, Outcome, Stream, StreamKind};
@@ -161,7 +162,7 @@ impl Vm {
         let state = self.instance.store.data_mut();
         let vm_len = len(&state.vm_configuration);
         let id = state.new_context();
-        state.roots.push(Root { id, plugin });
+        state.roots.push(Root { id, plugin, expressions: Expressions::default() });
 
         let (vm, exports) = (&mut self.instance, &self.exports);
         vm.call_opt("proxy_on_context_create", id, exports.context_create.as_ref(), (id.0, 0))?;

@@ -2,6 +2,7 @@
 
 use super::abi::Pairs;
 use super::env::{CallToken, ContextId, Env};
+use super::hostcalls::Expressions;
 use super::metrics::MetricTable;
 use super::shared::{QueueWaker, Shared};
 use super::stream::{Effect, EffectKind, HttpState, NetworkState, ResponseHead, Stream, StreamKind};
@@ -75,6 +76,8 @@ pub(super) struct HostState {
 pub(super) struct Root {
     pub(super) id: ContextId,
     pub(super) plugin: PluginConfig,
+    /// What it compiled by `expr_create`.
+    pub(super) expressions: Expressions,
 }
 
 /// A call that is under way.
@@ -237,6 +240,12 @@ impl HostState {
     pub(super) fn root(&self) -> Option<&Root> {
         let id = self.streams.get(&self.effective).map_or(self.effective, |stream| stream.root.0);
         self.roots.iter().find(|root| root.id.0 == id)
+    }
+
+    /// As [`HostState::root`], to be changed.
+    pub(super) fn root_mut(&mut self) -> Option<&mut Root> {
+        let id = self.streams.get(&self.effective).map_or(self.effective, |stream| stream.root.0);
+        self.roots.iter_mut().find(|root| root.id.0 == id)
     }
 
     /// Notes what the guest wants to happen to the effective stream.

@@ -188,6 +188,8 @@ fn data_metrics_and_functions_are_envoys() {
     });
     let compressed = said.iter().find(|line| line.starts_with("compressed ")).unwrap();
     assert!(compressed.ends_with("\"hello world!\""), "{compressed}");
+    let expressions = said.iter().filter(|line| line.starts_with("expression ")).count();
+    assert_eq!(expressions, 14, "{said:#?}");
 }
 
 #[test]

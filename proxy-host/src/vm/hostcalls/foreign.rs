@@ -1,6 +1,6 @@
-//! Foreign functions: Envoy's, and whatever the embedder adds. Envoy's `expr_*`, which evaluate CEL, are not there.
+//! Foreign functions: Envoy's, and whatever the embedder adds.
 
-use super::{ENV, HostState};
+use super::{ENV, HostState, expression, signature};
 use crate::vm::abi::Status;
 use crate::vm::memory::{Fault, finish, give, read, read_str, split};
 use flate2::{Compression, bufread::ZlibDecoder, write::ZlibEncoder};
@@ -53,6 +53,17 @@ fn call(
         "uncompress" => uncompress(arguments)?,
         // A property that is set is readable as it is, whatever it was declared to be.
         "declare_property" => Vec::new(),
+        "verify_signature" => signature::verify(arguments)?,
+        "sign" => signature::sign(arguments)?,
+        "expr_create" => {
+            let arguments = arguments.to_vec();
+            expression::create(state, &arguments)?
+        }
+        "expr_evaluate" => expression::evaluate(state, arguments)?,
+        "expr_delete" => {
+            let arguments = arguments.to_vec();
+            expression::delete(state, &arguments)?
+        }
         _ => state.env.foreign(name, arguments)?,
     };
     // As Envoy: no result leaves the guest's pointers alone.

@@ -2,6 +2,7 @@
 
 mod buffers;
 mod calls;
+mod expression;
 mod foreign;
 mod grpc;
 mod log;
@@ -9,11 +10,13 @@ mod maps;
 mod metrics;
 mod properties;
 mod shared_data;
+mod signature;
 mod streams;
 mod timers;
 mod wasi;
 
 use super::state::HostState;
+pub(super) use expression::Expressions;
 pub(super) use wasi::Exit;
 use wasmtime::{Linker, Module};
 

@@ -47,7 +47,7 @@ fn get(mut caller: Caller<'_, HostState>, path: u32, len: u32, to: u32, to_len: 
     })
 }
 
-fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<u8>) -> Result<(), Status> {
+pub(super) fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<u8>) -> Result<(), Status> {
     if let Some(stream) = state.streams.get(&state.effective) {
         if let Some(value) = stream.properties.get(path) {
             out.extend_from_slice(&value);

@@ -35,6 +35,24 @@ impl Root {
 
 pub struct Http;
 
+/// CEL of every type, and what goes wrong.
+const EXPRESSIONS: [&str; 14] = [
+    "request.method + ' ' + request.path",
+    "request.url_path.startsWith('/') && source.port > 0",
+    "'x-none' in request.headers",
+    "request.headers['x-none']",
+    "request.time > timestamp('2020-01-01T00:00:00Z')",
+    "request.size + 2",
+    "connection.mtls",
+    "duration('3s')",
+    "2.5 * 2.0",
+    "b'bytes'",
+    "['a', 'b'].exists(x, x == 'b') ? 7u : 8u",
+    "plugin_root_id",
+    "nothing.of_it",
+    "1 +",
+];
+
 impl Context for Http {}
 
 impl HttpContext for Http {
@@ -67,6 +85,20 @@ impl HttpContext for Http {
             self.call_foreign_function("compress", Some(b"hello world!")).ok().flatten().unwrap_or_default();
         let back = self.call_foreign_function("uncompress", Some(&compressed)).ok().flatten();
         say(format!("compressed {compressed:02x?} {:?}", text(back)));
+        for expression in EXPRESSIONS {
+            let made = self.call_foreign_function("expr_create", Some(expression.as_bytes()));
+            let token = match made {
+                Ok(token) => token.unwrap_or_default(),
+                Err(error) => {
+                    say(format!("expression {expression}: {error:?}"));
+                    continue;
+                }
+            };
+            let value = self.call_foreign_function("expr_evaluate", Some(&token));
+            let _ = self.call_foreign_function("expr_delete", Some(&token));
+            let again = self.call_foreign_function("expr_evaluate", Some(&token)).err();
+            say(format!("expression {expression}: {value:?}, then {again:?}"));
+        }
         say(format!("no function {:?}", self.call_foreign_function("none", None)));
         self.send_http_response(200, vec![("x-count", &count.to_string())], None);
         Action::Pause
