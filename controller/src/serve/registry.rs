@@ -66,18 +66,14 @@ enum Held {
 }
 
 impl Held {
-    fn digest(&self, id: PageId) -> Option<u64> {
-        match self {
-            Held::Stated(pages) => pages.get(&id).copied(),
-            Held::Published(published) => published.page_digest(id),
-        }
-    }
-
-    fn ids(&self) -> Vec<PageId> {
-        match self {
-            Held::Stated(pages) => pages.keys().copied().collect(),
-            Held::Published(published) => published.pages.iter().map(|p| p.id).collect(),
-        }
+    /// Ids and digests by ascending id.
+    fn pages(&self) -> impl Iterator<Item = (PageId, u64)> {
+        let (stated, published) = match self {
+            Held::Stated(pages) => (Some(pages), None),
+            Held::Published(published) => (None, Some(published)),
+        };
+        let stated = stated.into_iter().flatten().map(|(id, digest)| (*id, *digest));
+        stated.chain(published.into_iter().flat_map(|published| &published.pages).map(|page| (page.id, page.digest)))
     }
 }
 
@@ -147,7 +143,7 @@ async fn serve(
         version: subscribe.version,
     };
     let current = published.borrow_and_update().clone();
-    let pages = subscriber.held.ids().len();
+    let pages = subscriber.held.pages().count();
     tracing::info!(subscriber = subscriber.name, held = pages, version = subscribe.version, "subscribed");
     begin(&mut subscriber, &current, true, &counters);
     loop {
@@ -205,7 +201,7 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
                 Counters::add(&counters.nacks, 1);
                 // Nobody needs the rest of it.
                 subscriber.parts = Parts::default();
-                subscriber.doubtful.get_or_insert_default().extend(held.ids());
+                subscriber.doubtful.get_or_insert_default().extend(held.pages().map(|(id, _)| id));
                 session.note(|s| s.refused = Some(format!("version {version}: {reason}")));
                 tracing::warn!(subscriber = name, version, reason, "refused: the last good update stays in force");
             }
@@ -227,11 +223,14 @@ fn answered(subscriber: &mut Subscriber, message: WatchRequest, counters: &Count
 fn begin(subscriber: &mut Subscriber, current: &Arc<Published>, first: bool, counters: &Counters) {
     subscriber.version = current.version;
     let whole = subscriber.doubtful.is_some();
-    let lacks = |page: &publish::Page| whole || subscriber.held.digest(page.id) != Some(page.digest);
-    let pages: VecDeque<u32> = (0..).zip(&current.pages).filter(|(_, page)| lacks(page)).map(|(at, _)| at).collect();
-    let mut known: BTreeSet<PageId> = subscriber.held.ids().into_iter().collect();
-    known.extend(subscriber.doubtful.iter().flatten());
-    let removed: Vec<PageId> = known.into_iter().filter(|id| current.page_digest(*id).is_none()).collect();
+    let (pages, removed) = if whole {
+        let mut known: BTreeSet<PageId> = subscriber.held.pages().map(|(id, _)| id).collect();
+        known.extend(subscriber.doubtful.iter().flatten());
+        let gone = known.into_iter().filter(|id| current.page_digest(*id).is_none());
+        ((0..).zip(&current.pages).map(|(at, _)| at).collect(), gone.collect())
+    } else {
+        differences(subscriber.held.pages(), &current.pages)
+    };
     if pages.is_empty() && removed.is_empty() && !first {
         return;
     }
@@ -245,6 +244,22 @@ fn begin(subscriber: &mut Subscriber, current: &Arc<Published>, first: bool, cou
     subscriber.wait();
 }
 
+/// What somebody who holds these pages lacks, by its place, and what goes. Both sides are in order, so that each page is
+/// looked at once: this is done for every subscriber and change.
+fn differences(held: impl Iterator<Item = (PageId, u64)>, current: &[publish::Page]) -> (VecDeque<u32>, Vec<PageId>) {
+    let mut held = held.peekable();
+    let (mut lacking, mut removed) = (VecDeque::new(), Vec::new());
+    for (at, page) in (0..).zip(current) {
+        removed.extend(std::iter::from_fn(|| held.next_if(|(id, _)| *id < page.id)).map(|(id, _)| id));
+        let has = held.next_if(|(id, _)| *id == page.id);
+        if has.is_none_or(|(_, digest)| digest != page.digest) {
+            lacking.push_back(at);
+        }
+    }
+    removed.extend(held.map(|(id, _)| id));
+    (lacking, removed)
+}
+
 fn read_held(bytes: &[u8]) -> Result<Held, Status> {
     let (entries, rest) = bytes.as_chunks::<12>();
     if !rest.is_empty() {
@@ -253,4 +268,19 @@ fn read_held(bytes: &[u8]) -> Result<Held, Status> {
     let entry =
         |[a, b, c, d, digest @ ..]: &[u8; 12]| (u32::from_le_bytes([*a, *b, *c, *d]), u64::from_le_bytes(*digest));
     Ok(Held::Stated(entries.iter().map(entry).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_new_or_other_is_lacking_and_what_is_not_there_goes() {
+        let page = |(id, digest)| publish::Page { id, data: [].into(), digest };
+        let current: Vec<_> = [(1, 1), (2, 9), (4, 4), (7, 7)].map(page).into();
+        let held = [(0, 0), (2, 2), (3, 3), (4, 4), (8, 8), (9, 9)];
+        assert_eq!(differences(held.into_iter(), &current), ([0, 1, 3].into(), vec![0, 3, 8, 9]));
+        assert_eq!(differences([].into_iter(), &current), ([0, 1, 2, 3].into(), vec![]));
+        assert_eq!(differences([(5, 5)].into_iter(), &[]), ([].into(), vec![5]));
+    }
 }
