@@ -15,6 +15,7 @@ use portolan_proto::envoy::envoy::config::core::v3::Node;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use portolan_proto::envoy::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use portolan_proto::envoy::google::protobuf::{ListValue, Struct, Value, value};
+use portolan_proto::envoy::google::rpc::Status as Rpc;
 use portolan_proto::v1::registry_client::RegistryClient;
 use portolan_proto::v1::{self, ListenerPlan, Subscribe, WatchRequest, WatchResponse, watch_request::Message as Say};
 use portolan_proto::{CLUSTER_TYPE_URL, DNS_NAME_TYPE_URL, LISTENER_PLAN_TYPE_URL, LISTENER_TYPE_URL};
@@ -315,6 +316,30 @@ async fn clusters_come_on_demand_and_change_with_their_entries() {
     };
     let (got, removed, _) = Discovery::new(&controller, resumed).await.next().await;
     assert_eq!((got.len(), removed), (0, vec![a.to_owned()]));
+}
+
+#[tokio::test]
+async fn refused_resources_are_counted_and_their_next_change_is_sent() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(80, Http)]))]).await;
+    let a = "outbound|80||a.com";
+    let mut client = Discovery::new(&controller, ask(CLUSTER_TYPE_URL, &[a])).await;
+    let response = client.hear.message().await.unwrap().unwrap();
+    let refusal = Rpc { code: 13, message: "no such file".into(), ..Rpc::default() };
+    let refused = DeltaDiscoveryRequest {
+        type_url: response.type_url,
+        response_nonce: response.nonce,
+        error_detail: Some(refusal),
+        ..DeltaDiscoveryRequest::default()
+    };
+    client.say.send(refused).unwrap();
+    let moved = entry(se("a", &["a.com"], &[(80, Http)]).with(|e| e.endpoints = vec![endpoint("10.0.0.2")]));
+    controller.apply(apply([moved])).await.unwrap();
+    let (got, ..) = client.next().await;
+    assert!(format!("{:?}", Cluster::decode(&got[a][..]).unwrap()).contains("10.0.0.2"));
+    // Requests of a stream are read in their order: the answer to this one comes after the refusal was read.
+    client.say.send(ask(CLUSTER_TYPE_URL, &["outbound|80||b.com"])).unwrap();
+    client.next().await;
+    assert_eq!(controller.counters().discovery_nacks.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
