@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use super::{Answer, Pages, metrics, openmetrics, start_pages, text};
 use crate::{
     logging::{self, LevelError},
+    stats::Stats,
     vm::{LogLevel, Shared},
 };
 
@@ -15,6 +16,8 @@ use crate::{
 pub struct FilterAdmin {
     /// What the filter counts.
     pub filter: Arc<Shared>,
+    /// What its host counts.
+    pub stats: Arc<Stats>,
     /// Least level of the filter's log.
     pub log_level: watch::Sender<LogLevel>,
     /// Turns true when the process is to end.
@@ -47,14 +50,14 @@ impl Pages for FilterAdmin {
     const INDEX: &str = "proxy-host filter. GET, if nothing else is said:
   /ready    200 while the filter is offered, 503 while the process ends
   /healthz  200 for as long as the process answers
-  /metrics  counters, gauges and histograms that the filter defines, and how often it crashed, for Prometheus
+  /metrics  for Prometheus: connections and requests, how often the filter crashed, and what it defines itself
   /logging  level of the filter's log; POST /logging?level=debug changes it
 ";
     const PATHS: &[&str] = &["/ready", "/metrics"];
 
     async fn page(&self, path: &str) -> Answer {
         match path {
-            "/metrics" => openmetrics(metrics::of_filter(&self.filter)),
+            "/metrics" => openmetrics(metrics::of_filter(&self.filter, &self.stats)),
             _ if *self.stop.borrow() => text(StatusCode::SERVICE_UNAVAILABLE, "DRAINING\n"),
             _ => text(StatusCode::OK, "LIVE\n"),
         }

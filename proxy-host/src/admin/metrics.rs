@@ -13,7 +13,7 @@ use prometheus_client::{
 use super::{Admin, dump};
 use crate::{
     listener::Kind,
-    stats::{self, DURATIONS},
+    stats::{self, DURATIONS, Stats},
     vm::{BUCKETS, MetricValue, Shared, TrapKind},
 };
 
@@ -107,12 +107,19 @@ pub(super) async fn text(admin: &Admin) -> Result<String, fmt::Error> {
     write(families)
 }
 
-/// Of a filter's host: the filter's own, and how often it crashed.
+/// Of a filter's host: its clients, the filter's own, and how often it crashed.
 ///
 /// # Errors
 /// Never, as the text goes into memory.
-pub(super) fn of_filter(shared: &Shared) -> Result<String, fmt::Error> {
+pub(super) fn of_filter(shared: &Shared, stats: &Stats) -> Result<String, fmt::Error> {
     let mut families = Families(Vec::new());
+    let sum = |cells: fn(&stats::WorkerStats) -> &[stats::Cell; 3]| {
+        (0..3).map(|kind| stats.sum(|worker| &cells(worker)[kind])).sum()
+    };
+    families.counter("portolan_connections", "Client connections accepted", sum(|worker| &worker.accepted));
+    families.gauge("portolan_connections_open", "Client connections that are open", sum(|worker| &worker.open));
+    accept_failures(stats, &mut families);
+    endings(stats, &mut families);
     traps(shared, &mut families);
     filter(shared, &mut families);
     write(families)
@@ -141,9 +148,24 @@ fn traffic(admin: &Admin, families: &mut Families) {
     families.gauge("portolan_connections_limit", "Client connections that there may be at a time", most);
     let refused = stats.sum(|w| &w.over_limit);
     families.counter("portolan_connections_refused", "Client connections refused because there were too many", refused);
+    accept_failures(stats, families);
+    endings(stats, families);
+    upstreams(stats, families);
+    let lost = stats.sum(|w| &w.lost_lines);
+    families.counter(
+        "portolan_access_log_lost_lines",
+        "Lines of the access log dropped because nobody read them",
+        lost,
+    );
+}
+
+fn accept_failures(stats: &Stats, families: &mut Families) {
     let failed = stats.sum(|w| &w.accept_failures);
     families.counter("portolan_accept_failures", "Failures of the system to accept a connection", failed);
+}
 
+/// How requests and connections ended.
+fn endings(stats: &Stats, families: &mut Families) {
     let (mut requests, mut connections) = (Vec::new(), Vec::new());
     for (ending, count) in stats.endings() {
         let flags = ("flags", if ending.flags.is_empty() { "-" } else { ending.flags }.to_owned());
@@ -164,7 +186,9 @@ fn traffic(admin: &Admin, families: &mut Families) {
     families.add("portolan_request_duration_milliseconds", help, Samples::Histogram(sum, buckets));
     families.counter("portolan_received_bytes", "Body bytes from clients", stats.sum(|w| &w.received));
     families.counter("portolan_sent_bytes", "Body bytes to clients", stats.sum(|w| &w.sent));
+}
 
+fn upstreams(stats: &Stats, families: &mut Families) {
     let opened = stats.sum(|w| &w.upstream_opened);
     families.counter("portolan_upstream_connections", "Connections to upstreams that were opened", opened);
     let open = stats.sum(|w| &w.upstream_open);
@@ -186,12 +210,6 @@ fn traffic(admin: &Admin, families: &mut Families) {
     ];
     let help = "Requests and attempts that took longer than their headers allow";
     families.add("portolan_upstream_timeouts", help, Samples::Counters(scopes));
-    let lost = stats.sum(|w| &w.lost_lines);
-    families.counter(
-        "portolan_access_log_lost_lines",
-        "Lines of the access log dropped because nobody read them",
-        lost,
-    );
 }
 
 fn workers(admin: &Admin, families: &mut Families) {

@@ -12,8 +12,12 @@ use std::{
 
 use http::StatusCode;
 
-use super::client::Peers;
-use crate::{headers, vm::Properties};
+use super::client::{Peers, flag_names};
+use crate::{
+    headers,
+    stats::{Ending, Recorder},
+    vm::Properties,
+};
 
 /// The cluster that `--upstream` is.
 pub const UPSTREAM_CLUSTER: &str = "upstream";
@@ -63,6 +67,7 @@ pub struct Info {
     /// Pieces that have moved so far, either way.
     pub moved: Cell<u64>,
     held: Option<Rc<dyn Any>>,
+    recorder: Option<Rc<Recorder>>,
 }
 
 impl Info {
@@ -89,6 +94,7 @@ impl Info {
             attempts: Cell::default(),
             moved: Cell::default(),
             held: None,
+            recorder: None,
         }
     }
 
@@ -96,6 +102,13 @@ impl Info {
     #[must_use]
     pub fn holding(mut self, held: Rc<dyn Any>) -> Self {
         self.held = Some(held);
+        self
+    }
+
+    /// Counts how the stream ends.
+    #[must_use]
+    pub fn counted(mut self, recorder: Rc<Recorder>) -> Self {
+        self.recorder = Some(recorder);
         self
     }
 
@@ -195,6 +208,16 @@ fn some(bytes: &[u8]) -> Option<Cow<'static, [u8]>> {
 
 fn number(number: u128) -> Option<Cow<'static, [u8]>> {
     Some(Cow::Owned(u64::try_from(number).unwrap_or(u64::MAX).to_le_bytes().to_vec()))
+}
+
+impl Drop for Info {
+    fn drop(&mut self) {
+        let Some(recorder) = &self.recorder else { return };
+        let flags = flag_names(self.flags.get());
+        let ending = Ending { http: self.protocol.is_some(), code: self.code.get(), flags };
+        let took = self.duration.get().unwrap_or_else(|| self.begun.elapsed());
+        recorder.ended(ending, took, self.request_size.get().0, self.response_size.get().0);
+    }
 }
 
 impl Properties for Info {

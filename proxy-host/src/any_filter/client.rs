@@ -17,7 +17,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 
 use super::body::Body;
-use crate::exec::{self, LocalExec};
+use crate::{
+    exec::{self, LocalExec},
+    flags,
+};
 
 /// Envoy's default for a cluster.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -99,6 +102,13 @@ impl Failure {
             Self::Request => "upstream_reset_before_response_started{protocol_error}".into(),
         }
     }
+}
+
+/// The names of response flags that are given as a bit set.
+#[must_use]
+pub fn flag_names(bits: i64) -> &'static str {
+    let known = [(0x2, "UH"), (0x4, "UT"), (0x20, "UF"), (0x40, "UC"), (0x1_0000, "SI"), (0x80_0000, "UPE")];
+    known.iter().filter(|(bit, _)| bits & bit != 0).fold("", |names, (_, name)| flags::join(names, name))
 }
 
 /// Where something is: an address, or a name that is resolved for each new connection.

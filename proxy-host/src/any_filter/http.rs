@@ -23,10 +23,10 @@ use super::{
     body::{Body, Source},
     client::{Failure, Lease},
     host::{Abort, Step, Stream},
-    pump::{self, Pump, note_grpc},
+    pump::{self, Pump, Silence, note_grpc},
 };
 use crate::{
-    headers, idle,
+    exec, headers, idle,
     listener::{
         guard::{self, Control},
         http::target,
@@ -97,7 +97,7 @@ async fn handle(
         _ => "HTTP/1.1",
     };
     let exchange = Exchange {
-        info: Rc::new(Info::new(connection, Some(protocol)).holding(held)),
+        info: Rc::new(Info::new(connection, Some(protocol)).holding(held).counted(proxy.recorder.clone())),
         http2: request.version() == Version::HTTP_2,
         grpc: headers::is_grpc(request.headers()),
         is_head: *request.method() == Method::HEAD,
@@ -365,8 +365,8 @@ impl Exchange {
             return Ok(response(head, Body::empty()));
         }
         let (sink, body) = Body::channel();
-        let idle = self.proxy.limits.stream_idle;
-        tokio::task::spawn_local(pump::response_body(stream, source, sink, lease, pump, idle));
+        let silence = Silence { time: self.proxy.limits.stream_idle, end: exec::end() };
+        tokio::task::spawn_local(pump::response_body(stream, source, sink, lease, pump, silence));
         Ok(response(head, body))
     }
 

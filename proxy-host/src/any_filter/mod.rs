@@ -40,7 +40,8 @@ use tokio::{
 use crate::{
     admin::filter::FilterAdmin,
     exec,
-    listener::{self, server::HttpLimits},
+    listener::{self, Kind, server::HttpLimits},
+    stats::{self, DownstreamOpen, Recorder, Stats, WorkerStats},
     vm::{Engine, EngineError, Limits, LogLevel, PluginConfig, PluginKind, Shared, StartError, VmConfig},
 };
 use attributes::{Connection, UPSTREAM_CLUSTER};
@@ -52,6 +53,8 @@ use outside::Outside;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Connections have this long to end when the process is to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Of which kind the one listener is counted; the admin port tells the sum of all kinds.
+const KIND: Kind = Kind::Gateway;
 /// Pause after the system refused to accept, as for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -123,6 +126,8 @@ pub struct Proxy {
     pub limits: HttpLimits,
     /// Silence that ends a connection of a network filter; zero for no limit.
     pub tcp_idle: Duration,
+    /// Counts what clients do.
+    pub recorder: Rc<Recorder>,
     /// Turns true when the process is to end.
     pub stop: watch::Receiver<bool>,
 }
@@ -132,6 +137,7 @@ pub struct Running {
     /// Where it listens.
     pub address: SocketAddr,
     shared: Arc<Shared>,
+    stats: Arc<Stats>,
     log_level: watch::Sender<LogLevel>,
     stop: watch::Sender<bool>,
     workers: Vec<JoinHandle<()>>,
@@ -155,8 +161,10 @@ impl Running {
         let (stop, stopped) = watch::channel(false);
         let (report, reports) = std::sync::mpsc::channel();
         let shared = Arc::new(Shared::default());
+        let stats = Arc::new(Stats::new(settings.threads));
         let log_level = watch::Sender::new(settings.log_level);
-        let mut running = Self { address, shared: shared.clone(), log_level, stop, workers: Vec::new() };
+        let mut running =
+            Self { address, shared: shared.clone(), stats: stats.clone(), log_level, stop, workers: Vec::new() };
         let settings = Arc::new(settings);
         let threads = sockets.len();
         for (index, socket) in sockets.into_iter().enumerate() {
@@ -165,6 +173,7 @@ impl Running {
                 engine: engine.clone(),
                 settings: settings.clone(),
                 shared: shared.clone(),
+                stats: stats.worker(index),
                 log_level: running.log_level.subscribe(),
                 socket,
                 stop: stopped.clone(),
@@ -183,8 +192,8 @@ impl Running {
     /// What an admin port tells of it.
     #[must_use]
     pub fn admin(&self) -> FilterAdmin {
-        let (filter, log_level, stop) = (self.shared.clone(), self.log_level.clone(), self.stop.subscribe());
-        FilterAdmin { filter, log_level, stop }
+        let (filter, stats) = (self.shared.clone(), self.stats.clone());
+        FilterAdmin { filter, stats, log_level: self.log_level.clone(), stop: self.stop.subscribe() }
     }
 
     /// Whether all threads still run.
@@ -209,6 +218,7 @@ struct Work {
     engine: Engine,
     settings: Arc<Settings>,
     shared: Arc<Shared>,
+    stats: Arc<WorkerStats>,
     log_level: watch::Receiver<LogLevel>,
     socket: Socket,
     stop: watch::Receiver<bool>,
@@ -232,7 +242,7 @@ impl Work {
     }
 
     async fn serve(self) -> Result<(), RunError> {
-        let Self { index, engine, settings, shared, log_level, socket, mut stop, report } = self;
+        let Self { index, engine, settings, shared, stats, log_level, socket, mut stop, report } = self;
         let named: Vec<_> = (settings.clusters.iter().cloned())
             .chain([(UPSTREAM_CLUSTER.to_owned(), settings.upstream.clone())])
             .collect();
@@ -257,7 +267,8 @@ impl Work {
         let address = settings.listen;
         let listener = listener::listen(socket).map_err(|error| RunError::Bind { address, error })?;
         let (limits, tcp_idle) = (settings.http, settings.tcp_idle);
-        let proxy = Rc::new(Proxy { host, upstream, clusters, limits, tcp_idle, stop: stop.clone() });
+        let recorder = Rc::new(Recorder::new(stats));
+        let proxy = Rc::new(Proxy { host, upstream, clusters, limits, tcp_idle, recorder, stop: stop.clone() });
         // Whoever started us may have given up.
         let _ = report.send(Ok(()));
         accept(proxy.clone(), listener, settings.network, index).await;
@@ -285,11 +296,13 @@ async fn accept(proxy: Rc<Proxy>, listener: TcpListener, network: bool, index: u
                 // Only costs latency where it cannot be set.
                 let _ = stream.set_nodelay(true);
                 let Ok(destination) = stream.local_addr() else { continue };
+                proxy.recorder.stats.accepted[stats::of(KIND)].add(1);
                 let id = (index as u64) << 48 | number;
                 number += 1;
                 exec::spawn(connection(proxy.clone(), Connection { id, source, destination }, stream, network));
             }
             Err(error) => {
+                proxy.recorder.stats.accept_failures.add(1);
                 tracing::warn!("accept: {error}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -298,6 +311,7 @@ async fn accept(proxy: Rc<Proxy>, listener: TcpListener, network: bool, index: u
 }
 
 async fn connection(proxy: Rc<Proxy>, connection: Connection, stream: TcpStream, network: bool) {
+    let _open = DownstreamOpen::new(&proxy.recorder.stats, KIND);
     if network {
         tcp::serve(proxy, connection, stream).await;
         return;

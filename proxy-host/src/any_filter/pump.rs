@@ -5,7 +5,10 @@ use std::{rc::Rc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::Frame;
-use tokio::{sync::watch, task::AbortHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+};
 
 use super::{
     attributes::Info,
@@ -46,7 +49,7 @@ pub async fn request_body(stream: Rc<Stream>, mut source: Source, sink: Sink, co
         }
         Err(Ended::Abort(abort)) => stream.abort(abort),
         // The client broke off: hyper ends the request as well.
-        Err(Ended::Broken) => {
+        Err(Ended::Broken | Ended::Silent) => {
             let _ = sink.send(Err(Broken)).await;
         }
         // The upstream wants no more of it.
@@ -54,24 +57,31 @@ pub async fn request_body(stream: Rc<Stream>, mut source: Source, sink: Sink, co
     }
 }
 
-/// Carries a response's body to the client, and holds what the response needs until its end; `idle`: silence that ends
-/// it.
+/// Silence that ends a response.
+pub struct Silence {
+    /// How long; zero for no limit.
+    pub time: Duration,
+    /// Ends the client's stream, or in HTTP/1.1 its connection, where the client reads nothing.
+    pub end: Option<Rc<Notify>>,
+}
+
+/// Carries a response's body to the client, and holds what the response needs until its end.
 pub async fn response_body(
     stream: Rc<Stream>,
     mut source: Source,
     sink: Sink,
     lease: Option<Lease>,
     pump: Option<Pump>,
-    idle: Duration,
+    silence: Silence,
 ) {
     let carried = tokio::select! {
         biased;
         _ = stream.aborted() => Err(Ended::Broken),
         () = sink.closed() => Err(Ended::Closed),
-        () = idle::quiet(idle, || Some(stream.info.moved.get())) => {
+        () = idle::quiet(silence.time, || Some(stream.info.moved.get())) => {
             stream.info.flags.set(stream.info.flags.get() | STREAM_IDLE);
             stream.info.details.replace("stream_idle_timeout".into());
-            Err(Ended::Broken)
+            Err(Ended::Silent)
         }
         carried = carry(&stream, StreamType::Response, &mut source, &sink) => carried,
     };
@@ -87,6 +97,19 @@ pub async fn response_body(
         Err(Ended::Abort(_) | Ended::Broken) => {
             let _ = sink.send(Err(Broken)).await;
         }
+        Err(Ended::Silent) => {
+            let told = async {
+                // Where it cannot be told, it is gone.
+                let _ = sink.send(Err(Broken)).await;
+                sink.closed().await;
+            };
+            // While a client does not read, nobody takes what is told.
+            if tokio::time::timeout(silence.time / 4, told).await.is_err()
+                && let Some(end) = silence.end
+            {
+                end.notify_one();
+            }
+        }
     }
 }
 
@@ -96,6 +119,8 @@ enum Ended {
     Abort(Abort),
     /// Its source broke off.
     Broken,
+    /// Nothing has moved for too long.
+    Silent,
     /// Nobody takes it any more.
     Closed,
 }

@@ -39,7 +39,7 @@ enum Ended {
 
 /// Carries one connection.
 pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: TcpStream) {
-    let info = Rc::new(Info::new(connection, None));
+    let info = Rc::new(Info::new(connection, None).counted(proxy.recorder.clone()));
     // As Envoy with a filter that fails closed.
     let Ok(stream) = proxy.host.network(info) else { return };
     let mut stop = proxy.stop.clone();

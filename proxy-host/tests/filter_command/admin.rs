@@ -53,13 +53,18 @@ fn metrics_of_the_filter_readiness_and_the_level_of_the_log() {
     loop {
         assert!(ask(proxy, "GET", "/metrics").starts_with("HTTP/1.1 "));
         let metrics = ask(admin, "GET", "/metrics");
-        if metrics.contains("filter_requests_total ") {
-            for line in ["filter_level 4\n", "filter_sizes_count ", "portolan_filter_traps_total{kind=\"guest\"} 0\n"] {
-                assert!(metrics.contains(line), "no {line:?} in {metrics}");
-            }
-            break;
-        }
-        assert!(begun.elapsed() < PATIENCE, "{metrics}");
+        // What has ended is told a moment after its client has the answer.
+        let lines = [
+            "filter_requests_total ",
+            "filter_level 4\n",
+            "filter_sizes_count ",
+            "portolan_filter_traps_total{kind=\"guest\"} 0\n",
+            "portolan_requests_total{code=\"200\",flags=\"-\"} ",
+            "portolan_request_duration_milliseconds_count ",
+            "portolan_connections_total ",
+        ];
+        let Some(missing) = lines.iter().find(|line| !metrics.contains(**line)) else { break };
+        assert!(begun.elapsed() < PATIENCE, "no {missing:?} in {metrics}");
     }
     assert!(ask(admin, "POST", "/logging?level=loud").starts_with("HTTP/1.1 400 "));
     assert!(ask(admin, "POST", "/logging?level=debug").starts_with("HTTP/1.1 200 "));

@@ -215,6 +215,35 @@ fn a_stream_on_which_nothing_moves_ends() {
     }
 }
 
+/// An upstream whose answer fills every buffer on its way.
+fn endless() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let part = [b'x'; 1 << 16];
+                // Until the host has read the request and leaves.
+                let _ = stream.read(&mut [0; 4096]);
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n");
+                while stream.write_all(&part).is_ok() {}
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn an_answer_that_nobody_reads_ends() {
+    let setup = Setup { stream_idle: Some(400), ..Setup::new("order", endless()) };
+    let said = same(&setup, "an unread answer", |host| {
+        let mut client = std::net::TcpStream::connect(host.address).unwrap();
+        client.write_all(b"GET /p HTTP/1.1\r\nhost: a.example\r\n\r\n").unwrap();
+        host.wait("delete")
+    });
+    assert!(said.iter().any(|line| line.starts_with("log ")), "{said:?}");
+}
+
 #[test]
 fn a_local_response_from_each_callback() {
     let setup = Setup::new("order", origin(false));

@@ -94,6 +94,21 @@ fn a_filter_closes_a_connection_at_once_or_later() {
 }
 
 #[test]
+fn a_connection_on_which_nothing_moves_ends() {
+    let setup = Setup { tcp_idle: Some(400), ..setup("") };
+    let (got, said) = same(&setup, "a silent connection", |host| {
+        let mut stream = TcpStream::connect(host.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(b"hi").unwrap();
+        let mut got = String::new();
+        stream.read_to_string(&mut got).unwrap();
+        (got, host.wait("delete"))
+    });
+    assert_eq!(got, "main:hi");
+    assert!(said.iter().any(|line| line == "downstream close local"), "{said:?}");
+}
+
+#[test]
 fn a_filter_state_chooses_the_cluster() {
     let got = same(&setup("route"), "route", |host| talk(host, &[("hi", "other:hi".len())]));
     assert_eq!(got, "other:hi");

@@ -115,6 +115,8 @@ pub struct Setup<'a> {
     pub http2: bool,
     /// Silence that ends a stream, in milliseconds.
     pub stream_idle: Option<u32>,
+    /// Silence that ends a connection of a network filter, in milliseconds.
+    pub tcp_idle: Option<u32>,
 }
 
 impl<'a> Setup<'a> {
@@ -130,6 +132,7 @@ impl<'a> Setup<'a> {
             grpc: nowhere,
             http2: false,
             stream_idle: None,
+            tcp_idle: None,
         }
     }
 }
@@ -273,6 +276,9 @@ fn portolan(setup: &Setup, address: SocketAddr) -> Command {
     if let Some(ms) = setup.stream_idle {
         command.args(["--stream-idle-timeout", &format!("{ms}ms")]);
     }
+    if let Some(ms) = setup.tcp_idle {
+        command.args(["--tcp-idle-timeout", &format!("{ms}ms")]);
+    }
     command
 }
 
@@ -299,6 +305,7 @@ fn bootstrap(setup: &Setup, address: SocketAddr) -> String {
         })
     };
     let socket = |address: SocketAddr| serde_json::json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}});
+    let seconds = |ms: u32| format!("{}s", f64::from(ms) / 1000.0);
     let filters = if setup.network {
         let proxy = serde_json::json!({
             "name": "tcp",
@@ -306,6 +313,7 @@ fn bootstrap(setup: &Setup, address: SocketAddr) -> String {
                 "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
                 "stat_prefix": "tcp",
                 "cluster": "upstream",
+                "idle_timeout": seconds(setup.tcp_idle.unwrap_or(3_600_000)),
             },
         });
         vec![wasm("network"), proxy]
@@ -319,7 +327,7 @@ fn bootstrap(setup: &Setup, address: SocketAddr) -> String {
             "typed_config": {
                 "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
                 "stat_prefix": "http",
-                "stream_idle_timeout": format!("{}s", f64::from(setup.stream_idle.unwrap_or(300_000)) / 1000.0),
+                "stream_idle_timeout": seconds(setup.stream_idle.unwrap_or(300_000)),
                 "route_config": {"virtual_hosts": [{
                     "name": "upstream",
                     "domains": ["*"],
