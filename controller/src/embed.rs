@@ -176,11 +176,12 @@ impl Controller {
 }
 
 async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
-    if let Some(mesh) = batch.mesh {
-        publisher.set_mesh(mesh).await?;
-    }
     tell_unserved(&batch.changes);
-    for conflict in publisher.apply(batch.changes).await? {
+    let conflicts = match batch.mesh {
+        Some(mesh) => publisher.replace(mesh, batch.changes).await?,
+        None => publisher.apply(batch.changes).await?,
+    };
+    for conflict in conflicts {
         tracing::info!(subject = conflict.subject, rule = ?conflict.rule, winner = ?conflict.winner, "conflict");
     }
     Ok(())

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod compile;
 pub mod config;
 
+pub mod discovery;
 mod distinctions;
 pub mod embed;
 pub mod envoy;

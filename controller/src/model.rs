@@ -51,6 +51,8 @@ pub enum Kind {
     EndpointSlice,
     /// Kubernetes core `Pod`
     Pod,
+    /// Kubernetes core `Namespace`
+    Namespace,
 }
 
 /// What an object is known by.
@@ -58,7 +60,7 @@ pub enum Kind {
 pub struct ObjectKey {
     /// Kind.
     pub kind: Kind,
-    /// Namespace.
+    /// Namespace; of a Namespace its own name.
     pub namespace: Namespace,
     /// Name.
     pub name: ObjectName,
@@ -85,6 +87,8 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     /// A Kubernetes Pod.
     Pod(Arc<Pod>),
+    /// A Kubernetes Namespace, of which only labels matter. It lies in itself.
+    Namespace(Arc<Meta>),
 }
 
 impl Object {
@@ -100,12 +104,13 @@ impl Object {
             Object::Service(o) => &o.meta,
             Object::EndpointSlice(o) => &o.meta,
             Object::Pod(o) => &o.meta,
+            Object::Namespace(meta) => meta,
         }
     }
 
-    /// What the object is known by.
-    pub fn key(&self) -> ObjectKey {
-        let kind = match self {
+    /// The object's kind.
+    pub fn kind(&self) -> Kind {
+        match self {
             Object::ServiceEntry(_) => Kind::ServiceEntry,
             Object::WorkloadEntry(_) => Kind::WorkloadEntry,
             Object::VirtualService(_) => Kind::VirtualService,
@@ -115,9 +120,14 @@ impl Object {
             Object::Service(_) => Kind::Service,
             Object::EndpointSlice(_) => Kind::EndpointSlice,
             Object::Pod(_) => Kind::Pod,
-        };
+            Object::Namespace(_) => Kind::Namespace,
+        }
+    }
+
+    /// What the object is known by.
+    pub fn key(&self) -> ObjectKey {
         let meta = self.meta();
-        ObjectKey { kind, namespace: meta.namespace.clone(), name: meta.name.clone() }
+        ObjectKey { kind: self.kind(), namespace: meta.namespace.clone(), name: meta.name.clone() }
     }
 }
 
@@ -128,6 +138,24 @@ pub enum Change {
     Apply(Object),
     /// The object is gone.
     Delete(ObjectKey),
+}
+
+impl Change {
+    /// Whose it is.
+    pub fn key(&self) -> ObjectKey {
+        match self {
+            Change::Apply(object) => object.key(),
+            Change::Delete(key) => key.clone(),
+        }
+    }
+
+    /// Of which kind that is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Change::Apply(object) => object.kind(),
+            Change::Delete(key) => key.kind,
+        }
+    }
 }
 
 /// Application protocol of a port (SEMANTICS: `pkg/config/protocol`), parsed without regard to case.
@@ -327,6 +355,28 @@ pub enum OutboundMode {
     AllowAnyDynamicDns,
 }
 
+/// Chooses by labels, as Kubernetes does; one that asks nothing chooses everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LabelSelector {
+    /// `matchLabels`
+    pub labels: Labels,
+    /// `matchExpressions`: key, and what is asked of its value.
+    pub expressions: Vec<(String, LabelOperator)>,
+}
+
+/// What a selector's expression asks of the label with its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LabelOperator {
+    /// One of these values.
+    In(Vec<String>),
+    /// None of these values, be it that there is no such label.
+    NotIn(Vec<String>),
+    /// Any value.
+    Exists,
+    /// No such label.
+    DoesNotExist,
+}
+
 /// The fields of Istio's MeshConfig that Portolan honours, over Istio's defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MeshConfig {
@@ -348,6 +398,8 @@ pub struct MeshConfig {
     pub dns_refresh_rate: Duration,
     /// Domain of the Kubernetes cluster.
     pub cluster_domain: String,
+    /// `discoverySelectors`: which namespaces are considered; with none, all are.
+    pub discovery_selectors: Vec<LabelSelector>,
 }
 
 impl Default for MeshConfig {
@@ -362,6 +414,7 @@ impl Default for MeshConfig {
             connect_timeout: Duration::from_secs(10),
             dns_refresh_rate: Duration::from_secs(60),
             cluster_domain: "cluster.local".into(),
+            discovery_selectors: Vec::new(),
         }
     }
 }

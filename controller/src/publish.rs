@@ -1,6 +1,7 @@
 //! One engine owns the objects and, for each scope that somebody asked for, a compiler; what it compiles is published as
 //! an immutable value that all subscribers of the scope share.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hasher};
 use std::net::IpAddr;
@@ -18,6 +19,7 @@ use crate::allocate::Allocator;
 use crate::cluster;
 use crate::compile::needs::Needs;
 use crate::compile::{Compiler, Conflict, Update};
+use crate::discovery::Discovery;
 use crate::distinctions::Distinctions;
 use crate::model::Kind;
 use crate::model::{Change, MeshConfig, Object, ObjectKey, Scope};
@@ -97,7 +99,7 @@ pub type Clusters = Vec<(String, Option<Cluster>)>;
 
 enum Command {
     Apply(Vec<Change>, oneshot::Sender<Vec<Conflict>>),
-    Mesh(Box<MeshConfig>, oneshot::Sender<()>),
+    Mesh(Box<MeshConfig>, Vec<Change>, oneshot::Sender<Vec<Conflict>>),
     Subscribe(Box<Scope>, oneshot::Sender<watch::Receiver<Arc<Published>>>),
     Clusters { scope: Box<Scope>, names: Vec<String>, since: Option<u64>, answer: oneshot::Sender<Clusters> },
     Overview(oneshot::Sender<Overview>),
@@ -132,8 +134,11 @@ impl Publisher {
     pub fn start(mesh: MeshConfig) -> std::io::Result<Self> {
         let (commands, mut inbox) = mpsc::unbounded_channel();
         std::thread::Builder::new().name("compiler".into()).spawn(move || {
+            let mut discovery = Discovery::default();
+            discovery.select(&mesh.discovery_selectors);
             let mut engine = Engine {
                 mesh,
+                discovery,
                 objects: HashMap::new(),
                 allocator: Allocator::default(),
                 capturing: false,
@@ -163,7 +168,15 @@ impl Publisher {
     /// # Errors
     /// When the engine has ended.
     pub async fn set_mesh(&self, mesh: MeshConfig) -> Result<(), Ended> {
-        self.ask(|answer| Command::Mesh(Box::new(mesh), answer)).await
+        self.replace(mesh, Vec::new()).await.map(drop)
+    }
+
+    /// As [`Publisher::set_mesh`] and [`Publisher::apply`] at once: nobody is told of one without the other.
+    ///
+    /// # Errors
+    /// When the engine has ended.
+    pub async fn replace(&self, mesh: MeshConfig, changes: Vec<Change>) -> Result<Vec<Conflict>, Ended> {
+        self.ask(|answer| Command::Mesh(Box::new(mesh), changes, answer)).await
     }
 
     /// Subscribes to a scope, which is compiled if it is not yet.
@@ -212,6 +225,8 @@ fn status_addresses(object: &Object) -> Option<(ObjectKey, Vec<(String, String)>
 
 struct Engine {
     mesh: MeshConfig,
+    /// What lies in namespaces that are not considered. The objects are those that are.
+    discovery: Discovery,
     objects: HashMap<ObjectKey, Object>,
     allocator: Allocator,
     /// Somebody counts allocated addresses; before that, nobody has any.
@@ -246,10 +261,7 @@ impl Engine {
         // A caller that has gone needs no answer.
         match command {
             Command::Apply(changes, answer) => drop(answer.send(self.apply(&changes))),
-            Command::Mesh(mesh, answer) => {
-                self.set_mesh(*mesh);
-                let _ = answer.send(());
-            }
+            Command::Mesh(mesh, changes, answer) => drop(answer.send(self.set_mesh(*mesh, &changes))),
             Command::Subscribe(scope, answer) => drop(answer.send(self.seat(&scope).published.subscribe())),
             Command::Clusters { scope, names, since, answer } => {
                 let of = self.seat(&scope).of.clone();
@@ -265,15 +277,23 @@ impl Engine {
         }
     }
 
-    fn apply(&mut self, changes: &[Change]) -> Vec<Conflict> {
-        let assigned = self.capturing.then(|| self.allocator.assign(changes, &self.objects));
-        let changes = assigned.as_deref().unwrap_or(changes);
-        for change in changes {
+    /// Takes changes in, and says what they come to.
+    fn hold<'c>(&mut self, changes: &'c [Change]) -> Cow<'c, [Change]> {
+        let mut changes = self.discovery.sift(changes, &self.objects);
+        if self.capturing {
+            changes = Cow::Owned(self.allocator.assign(&changes, &self.objects));
+        }
+        for change in changes.iter() {
             match change {
                 Change::Apply(object) => drop(self.objects.insert(object.key(), object.clone())),
                 Change::Delete(key) => drop(self.objects.remove(key)),
             }
         }
+        changes
+    }
+
+    fn apply(&mut self, changes: &[Change]) -> Vec<Conflict> {
+        let changes = &*self.hold(changes);
         self.version += 1;
         let version = self.version;
         self.forget();
@@ -356,21 +376,31 @@ impl Engine {
         Overview { objects, scopes, addresses: addresses.collect() }
     }
 
-    fn set_mesh(&mut self, mesh: MeshConfig) {
+    fn set_mesh(&mut self, mesh: MeshConfig, changes: &[Change]) -> Vec<Conflict> {
         if self.mesh == mesh {
-            return;
+            return if changes.is_empty() { Vec::new() } else { self.apply(changes) };
         }
+        self.discovery.select(&mesh.discovery_selectors);
         self.mesh = mesh;
+        let changes = self.hold(changes);
         self.version += 1;
+        let mut conflicts = Vec::new();
         for (scope, state) in &mut self.scopes {
-            let (compiler, _) =
+            let (compiler, update) =
                 crate::compile::compile(self.objects.values().cloned(), scope.clone(), self.mesh.clone());
             state.compiler = compiler;
             state.changed.clear();
             state.since = self.version;
             state.published = Arc::new(whole(self.version, &state.compiler));
+            if !changes.is_empty() {
+                conflicts.extend(update.conflicts);
+            }
+        }
+        if changes.iter().any(Distinctions::concerned_by) {
+            self.tell_apart();
         }
         self.publish();
+        conflicts
     }
 
     fn seat(&mut self, scope: &Scope) -> &Seat {

@@ -368,3 +368,173 @@ async fn the_meshs_settings_are_followed_in_their_config_map() {
     put_mesh(&api, "proxyHttpPort: 15082");
     port(15082).await;
 }
+
+fn put_namespace(api: &FakeApi, name: &str, labels: Value) {
+    api.put("namespaces", "", name, json!({ "metadata": { "labels": labels } }));
+}
+
+/// Waits until so many ServiceEntries are in force.
+async fn entries(controller: &Controller, count: usize) {
+    let there = async {
+        while objects(controller).await.get(&Kind::ServiceEntry).copied().unwrap_or_default() != count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LONG, there).await.unwrap_or_else(|_| panic!("not {count} entries in force"));
+}
+
+async fn started_with(api: &FakeApi, mesh: &str) -> Controller {
+    put_mesh(api, mesh);
+    let map = MeshSource::Map("istio-system/istio".parse().unwrap());
+    let (controller, listed) = Controller::of_cluster(&api.client(), &map).unwrap();
+    timeout(LONG, listed.wait()).await.expect("the cluster is listed").unwrap();
+    controller
+}
+
+const SELECTORS: &str = "discoverySelectors: [{matchLabels: {mesh: 'on'}}]";
+
+#[tokio::test]
+async fn a_namespace_brings_and_takes_its_objects_with_its_labels() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    api.put("serviceentries", "other", "b", entry("b.example.com"));
+    // Even the root namespace is chosen by its labels alone, and one that is not there by none.
+    api.put("serviceentries", "istio-system", "c", entry("c.example.com"));
+    api.put("serviceentries", "missing", "d", entry("d.example.com"));
+    put_namespace(&api, "default", json!({ "mesh": "on" }));
+    put_namespace(&api, "other", json!({}));
+    put_namespace(&api, "istio-system", json!({}));
+    let controller = started_with(&api, SELECTORS).await;
+    entries(&controller, 1).await;
+    let mut published = subscribed(&controller).await;
+    put_namespace(&api, "other", json!({ "mesh": "on" }));
+    entries(&controller, 2).await;
+    settles(&mut published, subscribed(&started_with(&api, SELECTORS).await).await.borrow().digest).await;
+    put_namespace(&api, "missing", json!({ "mesh": "on" }));
+    entries(&controller, 3).await;
+    put_namespace(&api, "default", json!({ "mesh": "off" }));
+    entries(&controller, 2).await;
+    // Changes of what is passed over count once it is not.
+    api.delete("serviceentries", "default", "a");
+    put(&api, "e", "e.example.com");
+    put(&api, "f", "f.example.com");
+    put_namespace(&api, "default", json!({ "mesh": "on" }));
+    entries(&controller, 4).await;
+    api.delete("namespaces", "", "other");
+    entries(&controller, 3).await;
+    assert!(metrics(&controller).contains("portolan_kubernetes_watching{kind=\"Namespace\"} 1"));
+}
+
+#[tokio::test]
+async fn selectors_come_and_go_with_the_meshs_settings() {
+    let api = FakeApi::start().await;
+    put(&api, "a", "a.example.com");
+    api.put("serviceentries", "other", "b", entry("b.example.com"));
+    put_namespace(&api, "default", json!({ "mesh": "on" }));
+    put_namespace(&api, "other", json!({}));
+    let controller = started_with(&api, "{}").await;
+    entries(&controller, 2).await;
+    assert_eq!(api.lists("namespaces"), 0, "nobody asked for Namespaces");
+    let mut published = subscribed(&controller).await;
+    let mut fewest = published.clone();
+    // Nothing is gone that is chosen, not for a moment.
+    let least = tokio::spawn(async move {
+        let mut least = usize::MAX;
+        while fewest.changed().await.is_ok() {
+            least = least.min(fewest.borrow_and_update().plans.len());
+        }
+        least
+    });
+    put_mesh(&api, SELECTORS);
+    entries(&controller, 1).await;
+    put_mesh(&api, "discoverySelectors: [{matchLabels: {'a b': c}}]");
+    let mut findings = controller.cluster().unwrap().findings.clone();
+    let told = findings.wait_for(|findings| {
+        let fields = findings.iter().flat_map(|all| all.iter()).map(|finding| finding.field.as_str());
+        fields.into_iter().any(|field| field == "discoverySelectors[0].matchLabels.a b")
+    });
+    timeout(LONG, told).await.expect("a finding that names the field").unwrap();
+    put_mesh(&api, "proxyHttpPort: 15080");
+    entries(&controller, 2).await;
+    let told = published.wait_for(|published| published.proxy_http_port == Some(15080));
+    timeout(LONG, told).await.expect("the new settings").unwrap();
+    let unwatched = async {
+        while metrics(&controller).contains("watching{kind=\"Namespace\"}") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LONG, unwatched).await.expect("Namespaces are watched no more");
+    drop((controller, published));
+    assert_eq!(timeout(LONG, least).await.expect("the end").unwrap(), 2, "port 80 and the catch-all");
+}
+
+#[tokio::test]
+async fn selectors_of_namespaces_that_may_not_be_listed_open_and_close_nothing() {
+    let api = FakeApi::start().await;
+    api.deny("namespaces");
+    put(&api, "a", "a.example.com");
+    let controller = started_with(&api, "{}").await;
+    let mut published = subscribed(&controller).await;
+    // The other settings count.
+    put_mesh(&api, &format!("{SELECTORS}\nproxyHttpPort: 15080"));
+    let told = published.wait_for(|published| published.proxy_http_port == Some(15080));
+    timeout(LONG, told).await.expect("the new settings").unwrap();
+    put(&api, "b", "b.example.com");
+    entries(&controller, 2).await;
+    assert_eq!(controller.cluster().unwrap().status.unwatched(), ["Namespace"]);
+    // Who starts with them serves nobody.
+    let map = MeshSource::Map("istio-system/istio".parse().unwrap());
+    let (second, listed) = Controller::of_cluster(&api.client(), &map).unwrap();
+    let denied = async {
+        while !metrics(&second).contains("watch_errors_total{kind=\"Namespace\"} 1") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LONG, denied).await.expect("Namespaces are asked for");
+    assert!(timeout(Duration::from_millis(50), listed.wait()).await.is_err(), "served without knowing what is chosen");
+}
+
+#[tokio::test]
+async fn conflicts_are_between_what_is_considered() {
+    let api = FakeApi::start().await;
+    for namespace in ["default", "other"] {
+        api.put("serviceentries", namespace, "same", entry("same.example.com"));
+    }
+    put_namespace(&api, "default", json!({ "mesh": "on" }));
+    put_namespace(&api, "other", json!({}));
+    let controller = started_with(&api, SELECTORS).await;
+    let cluster = controller.cluster().unwrap();
+    let mut findings = cluster.findings.clone();
+    let said = |all: &Option<Arc<Vec<_>>>| all.as_ref().map(|all| all.len());
+    let none = findings.wait_for(|all| said(all) == Some(0));
+    timeout(LONG, none).await.expect("no conflict").unwrap();
+    assert_eq!(cluster.resources.read().known().count(), 1, "only what is considered is written to");
+    put_namespace(&api, "other", json!({ "mesh": "on" }));
+    let some = findings.wait_for(|all| said(all).is_some_and(|count| count > 0));
+    timeout(LONG, some).await.expect("a conflict").unwrap();
+    assert_eq!(cluster.resources.read().known().count(), 2);
+}
+
+#[tokio::test]
+async fn the_watch_of_the_meshs_settings_has_metrics() {
+    let api = FakeApi::start().await;
+    let controller = started_with(&api, "{}").await;
+    let status = &controller.cluster().unwrap().status;
+    let now = metrics(&controller);
+    assert!(now.contains("portolan_kubernetes_watching{kind=\"ConfigMap\"} 1"), "{now}");
+    assert!(now.contains("portolan_kubernetes_watch_errors_total{kind=\"ConfigMap\"} 0"), "{now}");
+    assert!(now.contains("portolan_kubernetes_last_event_timestamp_seconds{kind=\"ConfigMap\"}"), "{now}");
+    api.down(true);
+    let told = async |missing: bool| {
+        while status.unwatched().contains(&"ConfigMap") != missing {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LONG, told(true)).await.expect("it is said not to be watched");
+    assert!(!metrics(&controller).contains("watch_errors_total{kind=\"ConfigMap\"} 0"));
+    api.down(false);
+    // Nothing happens to it that would tell.
+    timeout(LONG * 2, told(false)).await.expect("it is said to be watched again");
+    // Who has it from elsewhere misses none.
+    assert!(!metrics(&started(&api).await).contains("watching{kind=\"ConfigMap\"}"));
+}

@@ -206,3 +206,29 @@ async fn a_change_is_a_batch_in_20_milliseconds() {
     }
     assert!(best < Duration::from_millis(20), "{best:?}");
 }
+
+fn in_namespace(name: &str, host: &str, namespace: &str) -> String {
+    entry(name, host).replace(&format!("{{name: {name}}}"), &format!("{{name: {name}, namespace: {namespace}}}"))
+}
+
+#[test]
+fn namespaces_are_what_selectors_of_the_mesh_match() {
+    let namespaces = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {mesh: 'on'}}\n---\n\
+                      apiVersion: v1\nkind: Namespace\nmetadata: {name: bank}\n";
+    let folder = Folder::new(&[
+        ("entries.yaml", &["shop", "bank", "nobody"].map(|n| in_namespace(n, "one.example.com", n)).concat()),
+        ("namespaces.yaml", namespaces),
+        ("mesh.yaml", "discoverySelectors: [{matchLabels: {mesh: 'on'}}]\n"),
+    ]);
+    let (_, loaded) = folder.load();
+    assert_eq!(loaded.changes.len(), 5, "what is passed over is known, should that change");
+    assert_eq!(loaded.mesh.discovery_selectors.len(), 1);
+    // One host thrice would be a conflict; a namespace that nobody declares is told.
+    let told: Vec<_> = loaded.findings.iter().map(|f| (f.code, f.namespace.as_str())).collect();
+    assert_eq!(told, [("unknown-namespace", "nobody")], "{:?}", loaded.findings);
+    // By name, as in a cluster, where each has the label.
+    folder.write("mesh.yaml", "discoverySelectors: [{matchLabels: {kubernetes.io/metadata.name: bank}}]\n");
+    folder.write("entries.yaml", &["shop", "bank"].map(|n| in_namespace(n, "one.example.com", n)).concat());
+    let (_, loaded) = folder.load();
+    assert_eq!(loaded.findings, []);
+}

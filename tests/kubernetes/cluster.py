@@ -46,7 +46,7 @@ class Cluster:
         self.path = pathlib.Path(self.folder.name)
         self.etcd, self.peer, self.port = free_port(), free_port(), free_port()
         # Users by token: the administrator, and those that scenarios bind to roles.
-        self.tokens = {name: secrets.token_hex(16) for name in ("admin", "portolan", "denied")}
+        self.tokens = {name: secrets.token_hex(16) for name in ("admin", "portolan", "denied", "selected")}
         groups = {"admin": ',"system:masters"'}
         lines = [f"{token},{name},{name}{groups.get(name, '')}\n" for name, token in self.tokens.items()]
         (self.path / "tokens.csv").write_text("".join(lines))

@@ -444,14 +444,55 @@ def one_of_two_controllers_writes_conditions(cluster):
     return f"the other one led after {took:.1f} s; {told['message']}"
 
 
+def chart_with(setting):
+    """What the chart makes of a setting."""
+    helm = subprocess.check_output([ROOT / "tests/kubernetes/helm.sh"], text=True).strip()
+    return documents(subprocess.check_output([helm, "template", "portolan", ROOT / "deploy/kubernetes/chart", "--set", setting,
+                                              "--kube-version", "1.33.0", "-n", "portolan-system", "-s", "templates/controller.yaml"], text=True))
+
+
+@scenario
+def namespaces_are_considered_by_their_labels(cluster):
+    """With the permission that the chart gives where the mesh has selectors, and none without it."""
+    chart = chart_with("mesh.discoverySelectors[0].matchLabels.portolan-test=considered")
+    role = next(d for d in chart if d["kind"] == "ClusterRole")
+    default, (grant,) = role_of(cluster)["rules"], [r for r in role["rules"] if r["resources"] == ["namespaces"]]
+    assert role["rules"] == default + [grant] and grant["verbs"] == ["list", "watch"], role
+    (settings,) = (d["data"]["mesh.yaml"] for d in chart if d["kind"] == "ConfigMap")
+    (cluster.path / "selectors.yaml").write_text(settings)
+    role["metadata"]["name"] = "selected"
+    label = lambda name, value: cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"portolan-test": value}}})
+    label("seen", "considered"), label("unseen", "not")
+    origin = Origin("seen", "127.0.0.1")
+    for ns in ("seen", "unseen"):
+        cluster.apply(entry("e", f"{ns}.selected.example.com", ns=ns, port=origin.server_port))
+    with Controller(cluster, user="selected", mesh=f"--mesh={cluster.path}/selectors.yaml", wait=False) as controller:
+        bind(cluster, "portolan", "selected")
+        until("it waits for the permission", lambda: controller.said("Namespaces cannot be listed"), 60)
+        assert not controller.said("serving on"), "served without knowing which namespaces count"
+        cluster.apply(role), bind(cluster, "selected", "selected", "too")
+        until("it serves", lambda: controller.said("serving on"), 60)
+        with Proxy(cluster, controller, namespace="seen") as proxy:
+            get = lambda ns: proxy.get(f"{ns}.selected.example.com")
+            until("what is chosen is served", lambda: get("seen") == (200, "seen"))
+            assert get("unseen")[0] == 502
+            label("unseen", "considered")
+            until("the other comes with the label", lambda: get("unseen") == (200, "seen"))
+            label("unseen", "not")
+            until("and goes with it", lambda: get("unseen")[0] == 502)
+            assert get("seen") == (200, "seen")
+            # Selectors are in a file here; other ones come into force without a restart.
+            (cluster.path / "selectors.yaml").write_text(settings.replace("considered", "not"))
+            until("the other selectors count", lambda: get("seen")[0] == 502 and get("unseen") == (200, "seen"))
+    origin.shutdown()
+
+
 @scenario
 def the_meshs_config_map_is_followed(cluster):
     """With the permission that the chart gives, which is for that ConfigMap alone."""
     namespace(cluster, "istio-system")
-    helm = subprocess.check_output([ROOT / "tests/kubernetes/helm.sh"], text=True).strip()
-    chart = subprocess.check_output([helm, "template", "portolan", ROOT / "deploy/kubernetes/chart", "--set", "meshConfigMap=istio-system/istio",
-                                     "--kube-version", "1.33.0", "-n", "portolan-system", "-s", "templates/controller.yaml"], text=True)
-    grants = [d for d in documents(chart) if d["metadata"]["name"] == "portolan-mesh"]
+    chart = chart_with("meshConfigMap=istio-system/istio")
+    grants = [d for d in chart if d["metadata"]["name"] == "portolan-mesh"]
     assert [d["kind"] for d in grants] == ["Role", "RoleBinding"], grants
     for grant in grants:
         for subject in grant.get("subjects", []):
@@ -475,6 +516,8 @@ def the_meshs_config_map_is_followed(cluster):
             until("the mesh is open", lambda: proxy.get(host) == (200, "outside"))
             cluster.apply(config("REGISTRY_ONLY"))
             until("it is closed again", lambda: proxy.get(host)[0] == 502)
+            assert controller.metric("kubernetes_watching", kind="ConfigMap") == 1
+            assert controller.metric("kubernetes_watch_errors", kind="ConfigMap") >= 1, "it was denied at first"
     origin.shutdown()
 
 
@@ -568,8 +611,8 @@ def role_of(cluster):
     """The controller's role, as it is deployed."""
     return next(d for d in rendered() if d["kind"] == "ClusterRole")
 
-def bind(cluster, role, user):
-    cluster.apply({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": f"test-{user}"},
+def bind(cluster, role, user, name=""):
+    cluster.apply({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": f"test-{user}{name}"},
                    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
                    "subjects": [{"kind": "User", "name": user, "apiGroup": "rbac.authorization.k8s.io"}]})
 

@@ -135,6 +135,20 @@ fn numbered_ports(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>)
     ports.into_iter().flatten().collect()
 }
 
+/// The label that each Namespace has in a cluster: its name.
+const NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// Makes the metadata of a core `Namespace` those of an object that lies in itself, with the label that an API server
+/// would give it.
+pub fn namespace(meta: &mut Meta, issues: &mut Vec<Issue>) {
+    match meta.name.as_str().parse() {
+        Ok(namespace) if !meta.name.is_empty() => meta.namespace = namespace,
+        _ => issues.push(Issue::refused("name", "metadata.name", "a Namespace needs a name")),
+    }
+    meta.annotations.clear();
+    meta.labels.entry(NAME_LABEL.into()).or_insert_with(|| meta.name.to_string());
+}
+
 /// Reads a core `Pod`.
 pub fn pod(meta: Meta, root: &Node, issues: &mut Vec<Issue>) -> Pod {
     let path = Path::root("spec");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::api::decode::{self, Fields, Path};
 use crate::config::tree::{Node, Value};
-use crate::model::{MeshConfig, OutboundMode};
+use crate::model::{LabelOperator, LabelSelector, MeshConfig, OutboundMode};
 use crate::validate::finding::Issue;
 use crate::validate::predicates;
 
@@ -95,10 +95,66 @@ pub fn read(root: &Node, issues: &mut Vec<Issue>) -> MeshConfig {
             "dnsRefreshRate" | "dns_refresh_rate" => {
                 mesh.dns_refresh_rate = duration(value, &path, issues).unwrap_or(mesh.dns_refresh_rate);
             }
+            "discoverySelectors" | "discovery_selectors" => {
+                mesh.discovery_selectors = decode::list(value, &path, issues, selector);
+            }
             _ => issues.push(Issue::warned("ignored-field", path, "not supported by Portolan, ignored")),
         }
     }
     mesh
+}
+
+/// A `LabelSelector`, held to what Kubernetes' own asks (`labels.NewRequirement`).
+fn selector(node: &Node, path: &Path<'_>, issues: &mut Vec<Issue>) -> LabelSelector {
+    let mut fields = Fields::of(Some(node), path, issues);
+    let place = path.field("matchLabels");
+    let labels = decode::string_map(fields.take("matchLabels"), &place, issues);
+    for (key, value) in &labels {
+        requirement(key, std::slice::from_ref(value), &place.field(key), issues);
+    }
+    let expressions =
+        decode::list(fields.take("matchExpressions"), &path.field("matchExpressions"), issues, |node, path, issues| {
+            let mut fields = Fields::of(Some(node), path, issues);
+            let key = decode::string(fields.take("key"), &path.field("key"), issues);
+            let operator = decode::string(fields.take("operator"), &path.field("operator"), issues);
+            let values = decode::strings(fields.take("values"), &path.field("values"), issues);
+            fields.finish(path, issues);
+            requirement(&key, &values, path, issues);
+            let some = matches!(operator.as_str(), "In" | "NotIn");
+            if some && values.is_empty() {
+                let message = format!("operator {operator} needs at least one value");
+                issues.push(Issue::refused("selector", path.field("values"), message));
+            }
+            let operator = match operator.as_str() {
+                "In" => LabelOperator::In(values),
+                "NotIn" => LabelOperator::NotIn(values),
+                "Exists" | "DoesNotExist" if !values.is_empty() => {
+                    let message = format!("operator {operator} takes no values");
+                    issues.push(Issue::refused("selector", path.field("values"), message));
+                    LabelOperator::Exists
+                }
+                "Exists" => LabelOperator::Exists,
+                "DoesNotExist" => LabelOperator::DoesNotExist,
+                _ => {
+                    let message = format!("{operator:?} is none of In, NotIn, Exists, DoesNotExist");
+                    issues.push(Issue::refused("selector", path.field("operator"), message));
+                    LabelOperator::Exists
+                }
+            };
+            (key, operator)
+        });
+    fields.finish(path, issues);
+    LabelSelector { labels, expressions }
+}
+
+/// What of a requirement holds for every operator.
+fn requirement(key: &str, values: &[String], path: &Path<'_>, issues: &mut Vec<Issue>) {
+    if let Err(message) = predicates::label_key(key) {
+        issues.push(Issue::refused("selector", path, message));
+    }
+    for value in values.iter().filter(|value| !predicates::is_kubernetes_label_value(value)) {
+        issues.push(Issue::refused("selector", path, format!("{value:?} is no value of a label")));
+    }
 }
 
 fn duration(node: Option<&Node>, path: &Path<'_>, issues: &mut Vec<Issue>) -> Option<Duration> {
@@ -146,6 +202,43 @@ mod tests {
     }
 
     #[test]
+    fn selectors_of_namespaces_are_read() {
+        let (mesh, issues) = mesh(
+            "discoverySelectors:\n- matchLabels: {istio-discovery: enabled}\n- matchExpressions:\n\
+             \x20 - {key: kubernetes.io/metadata.name, operator: In, values: [a, b]}\n\
+             \x20 - {key: env, operator: DoesNotExist}\n- {}\n",
+        );
+        assert_eq!(issues, []);
+        let [first, second, all] = &mesh.discovery_selectors[..] else { panic!("{mesh:?}") };
+        assert_eq!(first.labels["istio-discovery"], "enabled");
+        let of_names = LabelOperator::In(vec!["a".into(), "b".into()]);
+        let wanted =
+            [("kubernetes.io/metadata.name".to_owned(), of_names), ("env".to_owned(), LabelOperator::DoesNotExist)];
+        assert_eq!(second.expressions, wanted);
+        assert_eq!(*all, LabelSelector::default());
+    }
+
+    #[test]
+    fn wrong_selectors_are_named_by_their_field() {
+        for (selector, field) in [
+            ("matchLabels: {a b: c}", "discoverySelectors[0].matchLabels.a b"),
+            ("matchLabels: {a: b c}", "discoverySelectors[0].matchLabels.a"),
+            ("matchExpressions: [{operator: Exists}]", "discoverySelectors[0].matchExpressions[0]"),
+            ("matchExpressions: [{key: a}]", "discoverySelectors[0].matchExpressions[0].operator"),
+            ("matchExpressions: [{key: a, operator: in}]", "discoverySelectors[0].matchExpressions[0].operator"),
+            ("matchExpressions: [{key: a, operator: In}]", "discoverySelectors[0].matchExpressions[0].values"),
+            (
+                "matchExpressions: [{key: a, operator: Exists, values: [b]}]",
+                "discoverySelectors[0].matchExpressions[0].values",
+            ),
+        ] {
+            let (_, issues) = mesh(&format!("discoverySelectors: [{{{selector}}}]"));
+            let told: Vec<&str> = issues.iter().filter(|i| i.rejects()).map(|i| i.field.as_str()).collect();
+            assert_eq!(told, [field], "{selector}: {issues:?}");
+        }
+    }
+
+    #[test]
     fn fields_that_do_nothing_are_told() {
         let (_, issues) = mesh("enableTracing: true\n");
         assert_eq!(issues.len(), 1);
@@ -164,6 +257,9 @@ mod tests {
             "connectTimeout: 1us",
             "defaultServiceExportTo: [a_b]",
             "trustDomain: a_b",
+            "discoverySelectors: {matchLabels: {a: b}}",
+            "discoverySelectors: [a]",
+            "discoverySelectors: [{matchLabel: {a: b}}]",
             "[]",
         ] {
             assert!(mesh(text).1.iter().any(Issue::rejects), "{text}");

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use portolan_controller::config::{documents, files};
+use portolan_controller::discovery;
+use portolan_controller::model::MeshConfig;
 use portolan_controller::source::read::{self, Outcome};
 use portolan_controller::validate::conflict::{self, Placed};
 use portolan_controller::validate::finding::{Finding, Severity};
@@ -67,10 +69,12 @@ impl Validate {
         let mut report = Report { output: self.output, out, errors: false, kept: Vec::new() };
         let mut unreadable = false;
         let mut objects = Vec::new();
+        let mut selectors = None;
         if let Some(mesh) = &self.mesh {
             match read_file(mesh) {
                 Ok(text) => {
-                    let (_, findings) = read::mesh(&text, &file_name(mesh));
+                    let (mesh, findings) = read::mesh(&text, &file_name(mesh));
+                    selectors = mesh.map(|mesh| mesh.discovery_selectors);
                     report.print(findings);
                 }
                 Err(error) => unreadable |= complain(mesh, &error),
@@ -90,13 +94,18 @@ impl Validate {
             };
             for file in files {
                 match read_file(&file) {
-                    Ok(text) => objects.extend(check(&text, &file_name(&file), &mut report)),
+                    Ok(text) => {
+                        let (found, mesh) = check(&text, &file_name(&file), &mut report);
+                        objects.extend(found);
+                        selectors = selectors.or(mesh.map(|mesh| mesh.discovery_selectors));
+                    }
                     Err(error) => unreadable |= complain(&file, &error),
                 }
             }
         }
-        let (objects, duplicates) = conflict::deduplicate(objects);
+        let (mut objects, duplicates) = conflict::deduplicate(objects);
         report.print(duplicates);
+        report.print(discovery::leave(&mut objects, &selectors.unwrap_or_default()));
         report.print(conflict::between(&objects));
         report.finish();
         match (unreadable, report.errors) {
@@ -107,18 +116,24 @@ impl Validate {
     }
 }
 
-/// Prints what there is to say of each document and hands back the objects that stand.
-fn check(text: &str, file: &Arc<str>, report: &mut Report<impl Write>) -> Vec<Placed> {
+/// Prints what there is to say of each document and hands back the objects that stand, and the mesh's settings if they
+/// are among them.
+fn check(text: &str, file: &Arc<str>, report: &mut Report<impl Write>) -> (Vec<Placed>, Option<MeshConfig>) {
     let mut objects = Vec::new();
+    let mut mesh = None;
     for document in documents::split(text) {
         let (outcomes, findings) = read::document(&document, file);
         report.print(findings);
         objects.extend(outcomes.into_iter().filter_map(|outcome| match outcome {
             Outcome::Object(object, line) => Some(Placed { object, file: Arc::clone(file), line }),
-            _ => None,
+            Outcome::Mesh(found) => {
+                mesh = found.map(|found| *found).or(mesh.take());
+                None
+            }
+            Outcome::Refused(_) | Outcome::Unreadable => None,
         }));
     }
-    objects
+    (objects, mesh)
 }
 
 fn read_file(path: &Path) -> io::Result<String> {

@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Controller, ControllerError, Follower, log, take};
+use crate::model::{LabelSelector, MeshConfig};
 use crate::publish::{Ended, Publisher};
 use crate::source::kubernetes::mesh::{self, MeshMap, Said};
 use crate::source::kubernetes::{self, KubernetesSource};
@@ -54,13 +55,15 @@ impl Controller {
     pub fn of_cluster(client: &kube::Client, mesh: &MeshSource) -> Result<(Self, Listed), ControllerError> {
         let file = if let MeshSource::File(file) = mesh { Some(file.as_path()) } else { None };
         let (files, loaded) = YamlSource::load(&[], file)?;
-        let mut controller = Self::empty(loaded.mesh)?;
+        let mut controller = Self::empty(loaded.mesh.clone())?;
         let mut ledger = Ledger::default();
         log(&ledger.replace(loaded.findings));
-        let source = KubernetesSource::watch(client);
+        let mut source = KubernetesSource::watch(client);
+        source.discover(&loaded.mesh.discovery_selectors);
+        source.select(&loaded.mesh.discovery_selectors);
         let map = if let MeshSource::Map(map) = mesh {
             let (said, says) = mpsc::channel(1);
-            tokio::spawn(mesh::follow(client.clone(), map.clone(), said));
+            tokio::spawn(mesh::follow(client.clone(), map.clone(), said, source.status().clone()));
             Some(says)
         } else {
             None
@@ -70,6 +73,8 @@ impl Controller {
         controller.cluster = Some(source.cluster(findings));
         let follow = Follow {
             source,
+            selectors: loaded.mesh.discovery_selectors,
+            waiting: None,
             files,
             map,
             said_of_map: Vec::new(),
@@ -92,6 +97,10 @@ impl Controller {
 
 struct Follow {
     source: KubernetesSource,
+    /// The mesh's `discoverySelectors` in force.
+    selectors: Vec<LabelSelector>,
+    /// Settings of which these wait until the Namespaces that they ask for are known.
+    waiting: Option<MeshConfig>,
     /// The mesh's settings in a file.
     files: YamlSource,
     /// Those in a ConfigMap, and what there was to say of it.
@@ -117,7 +126,7 @@ impl Follow {
                 self.said_of_map = findings;
                 log(&self.ledger.replace(self.said_of_map.clone()));
                 if let Some(mesh) = mesh {
-                    self.publisher.set_mesh(mesh).await?;
+                    self.mesh(mesh).await?;
                     break;
                 }
             }
@@ -128,7 +137,7 @@ impl Follow {
                     self.said_of_map = said.findings;
                     if let Some(mesh) = said.mesh {
                         tracing::info!("the mesh's settings were read again");
-                        self.publisher.set_mesh(mesh).await?;
+                        self.mesh(mesh).await?;
                     }
                     review.get_or_insert_with(|| Instant::now() + QUIET);
                 }
@@ -137,6 +146,9 @@ impl Follow {
                     let count = changes.len();
                     if count > 0 {
                         take(&self.publisher, Batch { changes, ..Batch::default() }).await?;
+                    }
+                    if let Some(mesh) = self.waiting.take() {
+                        self.mesh(mesh).await?;
                     }
                     match self.listed.take() {
                         Some(listed) => {
@@ -150,10 +162,10 @@ impl Follow {
                         review.get_or_insert_with(|| Instant::now() + QUIET);
                     }
                 }
-                batch = self.files.next() => self.mesh(batch).await?,
+                batch = self.files.next() => self.file(batch).await?,
                 () = self.reload.notified() => {
                     let batch = self.files.reload();
-                    self.mesh(batch).await?;
+                    self.file(batch).await?;
                 }
                 () = async { tokio::time::sleep_until(review.unwrap_or_else(Instant::now)).await },
                     if review.is_some() && reviewing.is_none() =>
@@ -179,8 +191,25 @@ impl Follow {
         }
     }
 
-    /// Takes in the mesh's settings, if they have changed.
-    async fn mesh(&mut self, batch: Batch) -> Result<(), Ended> {
-        take(&self.publisher, batch).await
+    /// Takes in the mesh's settings, if the file has others.
+    async fn file(&mut self, batch: Batch) -> Result<(), Ended> {
+        match batch.mesh {
+            Some(mesh) => self.mesh(mesh).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Puts the mesh's settings in force. Selectors of namespaces wait until it is known what they choose: it would be
+    /// nothing.
+    async fn mesh(&mut self, mut mesh: MeshConfig) -> Result<(), Ended> {
+        self.waiting = None;
+        if self.source.discover(&mesh.discovery_selectors) {
+            self.selectors.clone_from(&mesh.discovery_selectors);
+            self.source.select(&self.selectors);
+        } else {
+            self.waiting = Some(mesh.clone());
+            mesh.discovery_selectors.clone_from(&self.selectors);
+        }
+        self.publisher.set_mesh(mesh).await
     }
 }

@@ -119,7 +119,10 @@ impl Webhook {
             Outcome::Object(object, _) => Some(youngest(object)),
             _ => None,
         });
-        if let (Some(known), Some(object)) = (&self.known, read) {
+        if let (Some(known), Some(object)) = (&self.known, read)
+            // What is passed over is in nobody's way.
+            && known.considers(&object.meta().namespace)
+        {
             let key = object.key();
             let placed = Placed { object, file: Arc::from(PLACE), line: 0 };
             let own = |f: &Finding| f.namespace == key.namespace.as_str() && f.name == key.name.as_str();

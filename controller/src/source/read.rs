@@ -145,6 +145,7 @@ impl Reader<'_> {
             ("", "Service") => Kind::Service,
             ("" | "discovery.k8s.io", "EndpointSlice" | "Endpoints") => Kind::EndpointSlice,
             ("", "Pod") => Kind::Pod,
+            ("", "Namespace") => Kind::Namespace,
             ("", "ConfigMap") if self.config_map(root) => return,
             _ => return self.foreign(root, group, version, kind),
         };
@@ -164,7 +165,10 @@ impl Reader<'_> {
 
     fn known(&mut self, kind: Kind, root: &Node) {
         let mut issues = Vec::new();
-        let meta = api::meta::read(root, &mut issues);
+        let mut meta = api::meta::read(root, &mut issues);
+        if kind == Kind::Namespace {
+            api::kubernetes::namespace(&mut meta, &mut issues);
+        }
         let key = ObjectKey { kind, namespace: meta.namespace.clone(), name: meta.name.clone() };
         let (namespace, name) = (meta.namespace.to_string(), meta.name.to_string());
         let name = Name { kind: kind_name(kind).into(), namespace, name };
@@ -190,6 +194,7 @@ impl Reader<'_> {
             }
             Kind::Service => vec![Object::Service(Arc::new(api::kubernetes::service(meta, root, &mut issues)))],
             Kind::Pod => vec![Object::Pod(Arc::new(api::kubernetes::pod(meta, root, &mut issues)))],
+            Kind::Namespace => vec![Object::Namespace(Arc::new(meta))],
             Kind::EndpointSlice if root.get("subsets").is_some() => {
                 let slices = api::kubernetes::endpoints(&meta, root, &mut issues);
                 slices.into_iter().map(|slice| Object::EndpointSlice(Arc::new(slice))).collect()
@@ -256,6 +261,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
         Kind::Service => "Service",
         Kind::EndpointSlice => "EndpointSlice",
         Kind::Pod => "Pod",
+        Kind::Namespace => "Namespace",
     }
 }
 

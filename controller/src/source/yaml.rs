@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{documents, files};
-use crate::model::{Change, MeshConfig, Object, ObjectKey};
+use crate::discovery;
+use crate::model::{Change, LabelSelector, MeshConfig, Object, ObjectKey};
 use crate::source::read::{self, Outcome};
 use crate::source::watch::{Due, Watcher};
 use crate::validate::conflict::{self, Placed};
@@ -144,14 +145,17 @@ struct File {
 pub struct Review {
     pub(super) findings: Vec<Finding>,
     pub(super) placed: Vec<Placed>,
+    /// Which namespaces are considered.
+    pub(super) selectors: Vec<LabelSelector>,
 }
 
 impl Review {
     /// Everything there is to say about the resources, conflicts between them included.
     pub fn findings(self) -> Vec<Finding> {
         let mut findings = self.findings;
-        let (objects, duplicates) = conflict::deduplicate(self.placed);
+        let (mut objects, duplicates) = conflict::deduplicate(self.placed);
         findings.extend(duplicates);
+        findings.extend(discovery::leave(&mut objects, &self.selectors));
         findings.extend(conflict::between(&objects));
         findings
     }
@@ -216,10 +220,11 @@ impl YamlSource {
         }
         source.mesh = source.effective_mesh();
         let all: Vec<Placed> = source.files.values().flat_map(File::in_order).cloned().collect();
-        let (objects, duplicates) = conflict::deduplicate(all);
+        let (mut objects, duplicates) = conflict::deduplicate(all);
         findings.extend(duplicates);
+        let changes = objects.iter().map(|placed| Change::Apply(placed.object.clone())).collect();
+        findings.extend(discovery::leave(&mut objects, &source.mesh.discovery_selectors));
         findings.extend(conflict::between(&objects));
-        let changes = objects.into_iter().map(|placed| Change::Apply(placed.object)).collect();
         let loaded = Loaded { changes, mesh: source.mesh.clone(), findings };
         Ok((source, loaded))
     }
@@ -256,7 +261,7 @@ impl YamlSource {
         // Two files of one batch may touch the same resource; what counts is the end.
         let mut seen = HashSet::new();
         batch.changes.reverse();
-        batch.changes.retain(|change| seen.insert(change_key(change)));
+        batch.changes.retain(|change| seen.insert(change.key()));
         batch.changes.reverse();
         let mesh = self.effective_mesh();
         if mesh != self.mesh {
@@ -277,7 +282,7 @@ impl YamlSource {
         let of_files = self.files.values().flat_map(|file| file.findings.values().flatten());
         let findings = of_files.chain(&self.mesh_findings).chain(self.unreadable.values()).cloned().collect();
         let placed = self.files.values().flat_map(File::in_order).cloned().collect();
-        Review { findings, placed }
+        Review { findings, placed, selectors: self.mesh.discovery_selectors.clone() }
     }
 
     /// How many resources are in force, those that stand in several files counted once for each.
@@ -619,13 +624,6 @@ fn same_object(a: &Object, b: &Object) -> bool {
     match (a, b) {
         (Object::ServiceEntry(a), Object::ServiceEntry(b)) if Arc::ptr_eq(a, b) => true,
         _ => a == b,
-    }
-}
-
-fn change_key(change: &Change) -> ObjectKey {
-    match change {
-        Change::Apply(object) => object.key(),
-        Change::Delete(key) => key.clone(),
     }
 }
 

@@ -24,8 +24,9 @@ const CONDITIONS: &str = "portolan";
 const ADDRESSES: &str = "portolan-addresses";
 /// How long to wait before what could not be written is tried again.
 const AGAIN: Duration = Duration::from_secs(2);
-/// Resources that are written at a time.
-const AT_ONCE: usize = 8;
+/// Resources that are written at a time. An API server that has enough of it says so (429), which the client heeds: it waits
+/// as long as it is told to before it tries that one again.
+const AT_ONCE: usize = 16;
 
 /// Writes what the findings say, and which addresses were allocated, for as long as this is the leader, until the
 /// findings end.

@@ -89,7 +89,7 @@ pub fn validate(kind: Kind, root: &Node) -> Vec<Issue> {
         Kind::DestinationRule => &*DESTINATION_RULE,
         Kind::Gateway => &*GATEWAY,
         Kind::Sidecar => &*SIDECAR,
-        Kind::Service | Kind::EndpointSlice | Kind::Pod => return Vec::new(),
+        Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::Namespace => return Vec::new(),
     };
     let mut issues = Vec::new();
     let version = root.get("apiVersion").and_then(Node::as_str).and_then(|version| version.split_once('/'));

@@ -17,14 +17,14 @@ use super::store::{self, Event, Read};
 /// Resources that one page of a list has.
 const PAGE: u32 = 500;
 /// Seconds after which a watch is begun anew, so that a connection which died unnoticed is missed for no longer.
-const WATCH: u32 = 90;
+pub(super) const WATCH: u32 = 90;
 /// A watch that did not fail for so long after an error goes on: longer than an attempt to connect takes.
-const SETTLED: Duration = Duration::from_secs(6);
+pub(super) const SETTLED: Duration = Duration::from_secs(6);
 /// How long to wait after the first and after many errors.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// The status code of an error that is the API server's answer.
-fn code(error: &watcher::Error) -> Option<u16> {
+pub(super) fn code(error: &watcher::Error) -> Option<u16> {
     use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
     match error {
         InitialListFailed(kube::Error::Api(status))
@@ -87,7 +87,7 @@ impl Follower {
     }
 
     fn well(&mut self) {
-        self.status.event(self.watched);
+        self.status.event(self.watched.name);
         self.delay = BACKOFF.0;
         if std::mem::take(&mut self.failing) {
             tracing::info!(kind = self.watched.name, "watched again");
@@ -157,7 +157,7 @@ impl Follower {
             sleep(BACKOFF.0).await;
             return Some(true);
         }
-        self.status.error(self.watched);
+        self.status.error(self.watched.name);
         let absent = code == Some(404);
         if absent && self.version + 1 < self.watched.versions.len() {
             self.version += 1;

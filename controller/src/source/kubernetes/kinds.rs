@@ -34,7 +34,11 @@ const fn istio(kind: Kind, plural: &'static str, name: &'static str) -> Watched 
 /// Pods, which are watched only while something selects them.
 pub static PODS: Watched = Watched { kind: Kind::Pod, group: "", versions: &["v1"], plural: "pods", name: "Pod" };
 
-/// All others. Nothing that Portolan compiles depends on a Namespace's own object, so none is asked for.
+/// Namespaces, which are watched only while the mesh has selectors for them.
+pub static NAMESPACES: Watched =
+    Watched { kind: Kind::Namespace, group: "", versions: &["v1"], plural: "namespaces", name: "Namespace" };
+
+/// All others, which are always watched.
 pub static WATCHED: [Watched; 8] = [
     istio(Kind::ServiceEntry, "serviceentries", "ServiceEntry"),
     istio(Kind::WorkloadEntry, "workloadentries", "WorkloadEntry"),

@@ -16,7 +16,9 @@ use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 
+use super::follow::{SETTLED, WATCH, code};
 use super::kinds::Raw;
+use super::status::{CONFIG_MAP, Status};
 use crate::model::MeshConfig;
 use crate::source::read;
 use crate::validate::finding::{Finding, Severity};
@@ -77,7 +79,8 @@ impl Said {
 }
 
 /// Says what the ConfigMap has, whenever that changes.
-pub(crate) async fn follow(client: Client, map: MeshMap, said: mpsc::Sender<Said>) {
+pub(crate) async fn follow(client: Client, map: MeshMap, said: mpsc::Sender<Said>, status: Status) {
+    status.needed(CONFIG_MAP, true);
     let resource = ApiResource {
         group: String::new(),
         version: "v1".into(),
@@ -86,16 +89,29 @@ pub(crate) async fn follow(client: Client, map: MeshMap, said: mpsc::Sender<Said
         plural: "configmaps".into(),
     };
     let api: Api<Raw> = Api::namespaced_with(client, &map.namespace, &resource);
-    let mut stream = pin!(watcher(api, watcher::Config::default().fields(&format!("metadata.name={}", map.name))));
-    let (mut first, mut found, mut failing) = (true, false, false);
+    let mut stream =
+        pin!(watcher(api, watcher::Config::default().timeout(WATCH).fields(&format!("metadata.name={}", map.name))));
+    let (mut first, mut found, mut failing, mut listed) = (true, false, false, false);
     loop {
         let event = tokio::select! {
             event = stream.next() => event,
+            // A watch that goes on says nothing until something changes.
+            () = sleep(SETTLED), if failing && listed => {
+                status.event(CONFIG_MAP);
+                failing = false;
+                continue;
+            }
             () = said.closed() => return,
         };
         let Some(event) = event else { return };
-        if event.is_ok() {
-            failing = false;
+        match &event {
+            // A list has begun, of which nothing has come yet.
+            Ok(watcher::Event::Init) => listed = false,
+            Ok(_) => {
+                status.event(CONFIG_MAP);
+                (failing, listed) = (false, true);
+            }
+            Err(_) => {}
         }
         let news = match event {
             Ok(watcher::Event::Init) => {
@@ -115,7 +131,10 @@ pub(crate) async fn follow(client: Client, map: MeshMap, said: mpsc::Sender<Said
                 tracing::warn!(map = %map, "the ConfigMap is gone: the mesh's last settings stay in force");
                 continue;
             }
+            // The API server has forgotten where we were: it is listed again.
+            Err(error) if code(&error) == Some(410) => continue,
             Err(error) => {
+                status.error(CONFIG_MAP);
                 if !std::mem::replace(&mut failing, true) {
                     let what = if first { "nothing is served before it can" } else { "its last settings stay" };
                     tracing::error!(map = %map, %error, "the ConfigMap cannot be watched: {what}");

@@ -5,7 +5,8 @@
 //! that something is gone which was only not listed yet; a kind that cannot be had is gone without, loudly.
 //!
 //! Pods are many, and endpoints of Services have them already: they are watched only while a ServiceEntry has a
-//! `workloadSelector`, the one thing that chooses Pods itself.
+//! `workloadSelector`, the one thing that chooses Pods itself. Namespaces are watched only while the mesh has
+//! `discoverySelectors`, which ask for their labels; then nothing is told before they were listed.
 
 mod follow;
 pub mod kinds;
@@ -26,10 +27,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, timeout_at};
 
-use self::kinds::{PODS, WATCHED};
+use self::kinds::{NAMESPACES, PODS, WATCHED};
 use self::status::Status;
 use self::store::{Before, Event, Shared};
-use crate::model::{Change, Kind};
+use crate::model::{Change, Kind, LabelSelector};
 use crate::source::yaml::Review;
 use crate::validate::finding::Finding;
 
@@ -120,6 +121,8 @@ pub struct KubernetesSource {
     before: Before,
     /// The watch of Pods, while they are needed.
     pods: Option<AbortHandle>,
+    /// Likewise of Namespaces, and whether they were listed.
+    namespaces: Option<(AbortHandle, bool)>,
     watches: JoinSet<()>,
 }
 
@@ -149,6 +152,7 @@ impl KubernetesSource {
             taken: false,
             before: Before::new(),
             pods: None,
+            namespaces: None,
             watches,
         }
     }
@@ -196,8 +200,21 @@ impl KubernetesSource {
 
     fn take(&mut self, event: Event) {
         // A watch that was ended may have left something.
-        if event.kind() == Kind::Pod && self.pods.is_none() {
-            return;
+        match event.kind() {
+            Kind::Pod if self.pods.is_none() => return,
+            Kind::Namespace if self.namespaces.is_none() => return,
+            _ => {}
+        }
+        match (&event, &mut self.namespaces) {
+            (Event::Unavailable(Kind::Namespace), _) => {
+                let what = if self.store.read().first_told() { "those from before stay" } else { "nothing is served" };
+                tracing::error!(
+                    "the mesh has discoverySelectors, and Namespaces cannot be listed: {what} until they are"
+                );
+                return;
+            }
+            (Event::Listed(Kind::Namespace, _), Some((_, listed))) => *listed = true,
+            _ => {}
         }
         if let Event::Listed(kind, _) | Event::Unavailable(kind) = &event {
             self.missing.remove(kind);
@@ -208,7 +225,7 @@ impl KubernetesSource {
         match (store.selects_pods(), &self.pods) {
             (true, None) => {
                 tracing::info!("an entry has a workloadSelector: Pods are watched");
-                self.status.needed(&PODS, true);
+                self.status.needed(PODS.name, true);
                 self.missing.insert(Kind::Pod);
                 self.until = store.first_told().then(|| Instant::now() + SELECTED);
                 let (client, sender, status) = (self.client.clone(), self.sender.clone(), self.status.clone());
@@ -220,10 +237,50 @@ impl KubernetesSource {
                 self.pods = None;
                 self.missing.remove(&Kind::Pod);
                 store.take(Event::Listed(Kind::Pod, Vec::new()), &mut self.before);
-                self.status.needed(&PODS, false);
+                self.status.needed(PODS.name, false);
             }
             _ => {}
         }
+    }
+
+    /// Has what selectors of namespaces need: says whether Namespaces are known that they ask for. At first they are
+    /// waited for, and it is true.
+    pub fn discover(&mut self, selectors: &[LabelSelector]) -> bool {
+        match (selectors.is_empty(), &self.namespaces) {
+            (true, None) => {}
+            (true, Some((watch, _))) => {
+                tracing::info!("no discoverySelectors: Namespaces are watched no more");
+                watch.abort();
+                self.namespaces = None;
+                self.missing.remove(&Kind::Namespace);
+                self.store.write().take(Event::Listed(Kind::Namespace, Vec::new()), &mut self.before);
+                self.taken = true;
+                self.status.needed(NAMESPACES.name, false);
+            }
+            (false, None) => {
+                tracing::info!("the mesh has discoverySelectors: Namespaces are watched");
+                self.status.needed(NAMESPACES.name, true);
+                let (client, sender, status) = (self.client.clone(), self.sender.clone(), self.status.clone());
+                let watch = self.watches.spawn(follow::follow(client, &NAMESPACES, sender, status));
+                self.namespaces = Some((watch, false));
+                if !self.store.read().first_told() {
+                    self.missing.insert(Kind::Namespace);
+                }
+            }
+            (false, Some(_)) => {}
+        }
+        let listed = self.namespaces.as_ref().is_none_or(|(_, listed)| *listed);
+        listed || !self.store.read().first_told()
+    }
+
+    /// These selectors are in force.
+    pub fn select(&mut self, selectors: &[LabelSelector]) {
+        self.store.write().select(selectors);
+    }
+
+    /// How the mesh's settings are watched is told here too.
+    pub fn status(&self) -> &Status {
+        &self.status
     }
 
     /// Resources in force.

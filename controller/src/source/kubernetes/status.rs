@@ -8,7 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::kinds::{PODS, WATCHED, Watched};
+use super::kinds::{NAMESPACES, PODS, WATCHED};
 use crate::model::Kind;
 use crate::source::read::kind_name;
 
@@ -24,59 +24,69 @@ pub struct Status {
     batches: Counter,
 }
 
-fn label(kind: Kind) -> Label {
-    [("kind", kind_name(kind))]
+fn label(name: &'static str) -> Label {
+    [("kind", name)]
+}
+
+/// What the mesh's settings are watched as.
+pub(super) const CONFIG_MAP: &str = "ConfigMap";
+
+/// The kinds of resources, as they are called.
+fn kinds() -> impl Iterator<Item = &'static str> {
+    WATCHED.iter().chain([&PODS, &NAMESPACES]).map(|watched| watched.name)
 }
 
 impl Status {
     /// Nothing is watched yet.
     pub(super) fn new() -> Self {
         let status = Status::default();
-        for watched in WATCHED.iter().chain([&PODS]) {
-            // Nobody misses Pods that nothing selects.
-            status.needed(watched, watched.kind != Kind::Pod);
-            status.objects.get_or_create(&label(watched.kind)).set(0);
-            status.errors.get_or_create(&label(watched.kind)).inc_by(0);
+        for watched in &WATCHED {
+            status.needed(watched.name, true);
+        }
+        for name in kinds() {
+            status.objects.get_or_create(&label(name)).set(0);
+            status.errors.get_or_create(&label(name)).inc_by(0);
         }
         status
     }
 
-    /// Whether the kind is to be watched: where it is not, there is nothing to say of that.
-    pub(super) fn needed(&self, watched: &Watched, is: bool) {
+    /// Whether the kind is to be watched: where it is not, as Pods that nothing selects, there is nothing to say of that.
+    pub(super) fn needed(&self, name: &'static str, is: bool) {
         if is {
-            self.watching(watched, false);
+            self.errors.get_or_create(&label(name)).inc_by(0);
+            self.watching(name, false);
         } else {
-            self.watching.remove(&label(watched.kind));
+            self.watching.remove(&label(name));
         }
     }
 
-    pub(super) fn watching(&self, watched: &Watched, is: bool) {
-        self.watching.get_or_create(&label(watched.kind)).set(i64::from(is));
+    fn watching(&self, name: &'static str, is: bool) {
+        self.watching.get_or_create(&label(name)).set(i64::from(is));
     }
 
-    pub(super) fn error(&self, watched: &Watched) {
-        self.errors.get_or_create(&label(watched.kind)).inc();
-        self.watching(watched, false);
+    pub(super) fn error(&self, name: &'static str) {
+        self.errors.get_or_create(&label(name)).inc();
+        self.watching(name, false);
     }
 
-    pub(super) fn event(&self, watched: &Watched) {
+    pub(super) fn event(&self, name: &'static str) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        self.last_event.get_or_create(&label(watched.kind)).set(i64::try_from(now).unwrap_or(i64::MAX));
-        self.watching(watched, true);
+        self.last_event.get_or_create(&label(name)).set(i64::try_from(now).unwrap_or(i64::MAX));
+        self.watching(name, true);
     }
 
     pub(super) fn objects(&self, counts: &BTreeMap<Kind, usize>) {
-        for watched in WATCHED.iter().chain([&PODS]) {
-            let count = counts.get(&watched.kind).copied().unwrap_or_default();
-            self.objects.get_or_create(&label(watched.kind)).set(i64::try_from(count).unwrap_or(i64::MAX));
+        for name in kinds() {
+            let count = counts.iter().find(|(kind, _)| kind_name(**kind) == name).map_or(0, |(_, count)| *count);
+            self.objects.get_or_create(&label(name)).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.batches.inc();
     }
 
     /// The kinds that are not watched at this moment, and should be.
     pub fn unwatched(&self) -> Vec<&'static str> {
-        let missing = |watched: &&Watched| self.watching.get(&label(watched.kind)).is_some_and(|is| is.get() == 0);
-        WATCHED.iter().chain([&PODS]).filter(missing).map(|watched| watched.name).collect()
+        let missing = |name: &&'static str| self.watching.get(&label(name)).is_some_and(|is| is.get() == 0);
+        kinds().chain([CONFIG_MAP]).filter(|name| missing(name)).collect()
     }
 
     /// Adds them to what Prometheus reads.

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use portolan_registry::object::Namespace;
 use serde_json::Value;
 
 use super::kinds::Watched;
 use crate::config::tree;
-use crate::model::{Change, Kind, Object, ObjectKey};
+use crate::discovery;
+use crate::model::{Change, Kind, LabelSelector, Object, ObjectKey};
 use crate::source::read::{self, Outcome};
 use crate::source::yaml::Review;
 use crate::validate::conflict::Placed;
@@ -66,7 +68,7 @@ pub fn read(watched: &Watched, version: &'static str, mut value: Value) -> Optio
         fields.insert("kind".into(), watched.name.into());
     }
     let key = key(watched.kind, &value)?;
-    if matches!(watched.kind, Kind::Pod | Kind::EndpointSlice)
+    if matches!(watched.kind, Kind::Pod | Kind::EndpointSlice | Kind::Namespace)
         && let Some(meta) = value.get_mut("metadata").and_then(Value::as_object_mut)
     {
         // Nothing is decided by them, they are long, and controllers change them all the time.
@@ -85,7 +87,9 @@ pub fn read(watched: &Watched, version: &'static str, mut value: Value) -> Optio
 pub fn key(kind: Kind, value: &Value) -> Option<ObjectKey> {
     let text = |name: &str| value.get("metadata")?.get(name)?.as_str();
     let name = text("name").filter(|name| !name.is_empty())?;
-    Some(ObjectKey { kind, namespace: text("namespace")?.parse().ok()?, name: name.parse().ok()? })
+    // A Namespace lies in itself.
+    let namespace = if kind == Kind::Namespace { name } else { text("namespace")? };
+    Some(ObjectKey { kind, namespace: namespace.parse().ok()?, name: name.parse().ok()? })
 }
 
 /// What happened in the cluster.
@@ -125,6 +129,8 @@ pub struct Store {
     findings: HashMap<ObjectKey, Vec<Finding>>,
     /// What has to be known to write the status of Istio's kinds, those that were refused included.
     known: HashMap<ObjectKey, Known>,
+    /// Which namespaces are considered; all objects are kept.
+    selectors: Vec<LabelSelector>,
     /// How many of the objects choose Pods.
     selecting: usize,
     /// [`Store::all`] was called.
@@ -230,9 +236,21 @@ impl Store {
         counts
     }
 
-    /// Resources whose status may be written.
+    /// Other namespaces are considered.
+    pub fn select(&mut self, selectors: &[LabelSelector]) {
+        self.selectors = selectors.to_vec();
+    }
+
+    /// The namespaces that are considered; `None`: all of them.
+    pub fn considered(&self) -> Option<HashSet<Namespace>> {
+        discovery::considered(&self.selectors, self.objects.values().filter_map(discovery::namespace))
+    }
+
+    /// Resources whose status may be written: those that are considered.
     pub fn known(&self) -> impl Iterator<Item = (&ObjectKey, &Known)> {
-        self.known.iter()
+        let considered = self.considered();
+        let counts = move |key: &ObjectKey| considered.as_ref().is_none_or(|all| all.contains(&key.namespace));
+        self.known.iter().filter(move |(key, _)| counts(key))
     }
 
     /// Whether the version of a resource that is in the cluster was refused, or is not known.
@@ -245,14 +263,20 @@ impl Store {
     pub fn placed(&self) -> Vec<Placed> {
         let file = Arc::from(PLACE);
         let place = |object: &Object| Placed { object: object.clone(), file: Arc::clone(&file), line: 0 };
+        let considered = self.considered();
         // Conflicts are between Istio's kinds; Services say which names there are.
-        let counts = |object: &&Object| !matches!(object, Object::Pod(_) | Object::EndpointSlice(_));
+        let counts = |object: &&Object| {
+            !matches!(object, Object::Pod(_) | Object::EndpointSlice(_) | Object::Namespace(_))
+                && considered.as_ref().is_none_or(|all| all.contains(&object.meta().namespace))
+        };
         self.objects.values().filter(counts).map(place).collect()
     }
 
     /// Everything at this moment, to be compared with each other.
     pub fn review(&self) -> Review {
-        Review { findings: self.findings.values().flatten().cloned().collect(), placed: self.placed() }
+        let findings = self.findings.values().flatten().cloned().collect();
+        // Only what is considered is placed.
+        Review { findings, placed: self.placed(), selectors: Vec::new() }
     }
 }
 
@@ -273,6 +297,11 @@ impl Shared {
     /// See [`Store::placed`].
     pub fn placed(&self) -> Vec<Placed> {
         self.read().placed()
+    }
+
+    /// Whether what lies in the namespace is considered.
+    pub fn considers(&self, namespace: &Namespace) -> bool {
+        self.read().considered().is_none_or(|all| all.contains(namespace))
     }
 }
 
