@@ -274,7 +274,8 @@ pub(crate) fn value(row: &Row) -> Vec<u8> {
             return match body {
                 TableBody::Whole(routes) => [&[0], routes.as_slice()].concat(),
                 TableBody::Parts(parts) => {
-                    let parts = parts.iter().flat_map(|part| part.to_le_bytes());
+                    let parts =
+                        parts.iter().flat_map(|part| [&part.digest.to_le_bytes(), part.filter.as_slice()].concat());
                     std::iter::once(1).chain(parts).collect()
                 }
             };

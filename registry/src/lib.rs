@@ -9,6 +9,7 @@
 
 pub mod authority;
 mod blocks;
+mod bloom;
 pub mod decision;
 mod encode;
 mod hash;

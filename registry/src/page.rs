@@ -21,7 +21,7 @@ use crate::hash;
 
 /// Version of everything in this module and in the rows, raised with each change of them; a reader of another version
 /// refuses the page.
-pub const FORMAT: u16 = 5;
+pub const FORMAT: u16 = 6;
 /// A page larger than this is split, unless it holds a single row.
 pub const PAGE_LIMIT: usize = 1024;
 /// Largest page, in bytes: offsets have 16 bits.

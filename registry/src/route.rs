@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::bloom;
 use crate::encode::Cursor;
 use crate::hash;
 use crate::row::{Row, TableName};
@@ -461,7 +462,16 @@ pub enum TableBody {
     /// The routes themselves.
     Whole(Vec<u8>),
     /// The parts that hold them, in order.
-    Parts(Vec<u64>),
+    Parts(Vec<Part>),
+}
+
+/// A part of a long table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// What its row is known by.
+    pub(crate) digest: u64,
+    /// Which paths its routes may take.
+    pub(crate) filter: Vec<u8>,
 }
 
 /// The rows of a table.
@@ -470,21 +480,26 @@ pub fn rows(name: &TableName, routes: &[Route]) -> Vec<Row> {
     if encoded.iter().map(Vec::len).sum::<usize>() <= SHORT {
         return vec![Row::Table { name: name.clone(), body: TableBody::Whole(encoded.concat()) }];
     }
-    let mut parts: Vec<Vec<u8>> = Vec::new();
+    let mut parts: Vec<(Vec<u8>, Vec<&Route>)> = Vec::new();
     let mut open = false;
-    for route in encoded {
-        match parts.last_mut().filter(|part| open && part.len() + route.len() <= LONGEST) {
-            Some(part) => part.extend_from_slice(&route),
-            None => parts.push(route.clone()),
-        }
+    for (bytes, route) in encoded.into_iter().zip(routes) {
         // Whether a part ends here follows from the route alone: those behind a new one stay as they were.
-        let chance = hash::checksum(1, &route) % USUAL;
-        open = chance >= route.len() as u64;
+        let ends = hash::checksum(1, &bytes) % USUAL < bytes.len() as u64;
+        match parts.last_mut().filter(|(part, _)| open && part.len() + bytes.len() <= LONGEST) {
+            Some((part, of)) => {
+                part.extend_from_slice(&bytes);
+                of.push(route);
+            }
+            None => parts.push((bytes, vec![route])),
+        }
+        open = !ends;
     }
-    let digests: Vec<u64> = parts.iter().map(|part| hash::checksum(2, part)).collect();
-    let mut out = vec![Row::Table { name: name.clone(), body: TableBody::Parts(digests.clone()) }];
+    let listed = parts.iter().map(|(part, of)| Part { digest: hash::checksum(2, part), filter: bloom::write(of) });
+    let listed: Vec<Part> = listed.collect();
+    let digests: Vec<u64> = listed.iter().map(|part| part.digest).collect();
+    let mut out = vec![Row::Table { name: name.clone(), body: TableBody::Parts(listed) }];
     let mut seen = BTreeSet::new();
-    for (digest, bytes) in digests.into_iter().zip(parts) {
+    for (digest, (bytes, _)) in digests.into_iter().zip(parts) {
         if seen.insert(digest) {
             out.push(Row::Routes { table: name.clone(), digest, bytes });
         }

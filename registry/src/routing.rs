@@ -7,6 +7,7 @@ use std::fmt;
 
 use regex::bytes::{Regex, RegexBuilder};
 
+use crate::bloom::Beginning;
 use crate::encode::{Cursor, INLINE, TAG_ROUTES, TAG_TABLE};
 use crate::route::{Action, CONDITIONS, EXACT, IGNORE_CASE, KIND, NEGATED, PREFIX, QUERY, REGEX, TextMatch};
 use crate::snapshot::Snapshot;
@@ -159,7 +160,11 @@ impl Snapshot {
         }
         let mut key = table.name.to_vec();
         let digest_at = key.len();
+        let mut beginning = Beginning::new(path);
         while let Some(digest) = c.array::<8>() {
+            if !beginning.may_be_taken(&mut c)? {
+                continue;
+            }
             key.truncate(digest_at);
             key.extend_from_slice(&digest);
             let (_, part) = self.find(TAG_ROUTES, &key)?;

@@ -190,6 +190,12 @@ fn text() -> impl Strategy<Value = TextMatch> {
     ]
 }
 
+/// Conditions on how a path begins, of which a part may hold nothing else.
+fn beginning() -> impl Strategy<Value = TextMatch> {
+    let word = "/[a-h]{2,3}(/[ab]{0,2})?";
+    prop_oneof![word.prop_map(TextMatch::Exact), word.prop_map(TextMatch::Prefix)]
+}
+
 fn condition() -> impl Strategy<Value = Condition> {
     let subject = prop_oneof![
         prop::sample::select(vec!["h", "g"]).prop_map(|n| Subject::Header(n.into())),
@@ -201,6 +207,19 @@ fn condition() -> impl Strategy<Value = Condition> {
 fn table() -> impl Strategy<Value = Vec<Route>> {
     let one = (text(), any::<bool>(), prop::collection::vec(condition(), 0..3), 0usize..300);
     prop::collection::vec(one, 0..60).prop_map(|list| {
+        let numbered = list.into_iter().enumerate();
+        let made = numbered.map(|(i, (path, ignore_case, conditions, padding))| {
+            let made = route(&format!("r{i}-{}", "x".repeat(padding)), path, conditions);
+            Route { ignore_case, ..made }
+        });
+        made.collect()
+    })
+}
+
+/// A table of several parts.
+fn plain_table() -> impl Strategy<Value = Vec<Route>> {
+    let one = (beginning(), prop::bool::weighted(0.01), prop::collection::vec(condition(), 0..2), 0usize..60);
+    prop::collection::vec(one, 50..120).prop_map(|list| {
         let numbered = list.into_iter().enumerate();
         let made = numbered.map(|(i, (path, ignore_case, conditions, padding))| {
             let made = route(&format!("r{i}-{}", "x".repeat(padding)), path, conditions);
@@ -249,6 +268,13 @@ proptest! {
         let headers: Vec<(&'static str, &str)> = h.iter().map(|h| ("h", *h)).collect();
         let asked = request(&full, &headers);
         let expected = naive(&routes, path, &query, &asked).map(|route| route.name.clone());
+        prop_assert_eq!(taken(&routes, &asked), expected);
+    }
+
+    #[test]
+    fn parts_that_are_passed_over_have_no_route(routes in plain_table(), path in "/[a-h]{1,3}(/[ab]{0,3})?") {
+        let asked = request(&path, &[("h", "/a")]);
+        let expected = naive(&routes, &path, &BTreeMap::new(), &asked).map(|route| route.name.clone());
         prop_assert_eq!(taken(&routes, &asked), expected);
     }
 
