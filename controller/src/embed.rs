@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
-use crate::compile::{Conflict, gateways, rules, sidecar, virtual_services};
+use crate::compile::{Conflict, gateways, rules, sidecar};
 use crate::model::{Change, MeshConfig, Object};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
@@ -193,7 +193,6 @@ fn tell_unserved(changes: &[Change]) {
         let Change::Apply(object) = change else { continue };
         let what = match object {
             Object::Gateway(gateway) => gateways::unserved(&gateway.spec),
-            Object::VirtualService(service) => virtual_services::unserved(&service.spec),
             Object::DestinationRule(rule) => rules::unserved(&rule.spec),
             Object::Sidecar(sidecar) => sidecar::unserved(&sidecar.spec),
             _ => continue,

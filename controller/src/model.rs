@@ -10,7 +10,7 @@ use portolan_registry::object::{Namespace, ObjectName};
 use crate::api::destination_rule::DestinationRule;
 use crate::api::gateway::Gateway;
 use crate::api::sidecar::Sidecar;
-use crate::api::virtual_service::VirtualService;
+use crate::api::virtual_service::{Retry, VirtualService};
 
 /// Labels of an object or a selector, sorted.
 pub type Labels = BTreeMap<String, String>;
@@ -396,6 +396,8 @@ pub struct MeshConfig {
     pub connect_timeout: Duration,
     /// `dnsRefreshRate`: used after a failed resolution; the TTL otherwise.
     pub dns_refresh_rate: Duration,
+    /// `defaultHttpRetryPolicy`: in place of Istio's own.
+    pub default_retry: Option<Retry>,
     /// Domain of the Kubernetes cluster.
     pub cluster_domain: String,
     /// `discoverySelectors`: which namespaces are considered; with none, all are.
@@ -413,6 +415,7 @@ impl Default for MeshConfig {
             default_virtual_service_export_to: vec!["*".into()],
             connect_timeout: Duration::from_secs(10),
             dns_refresh_rate: Duration::from_secs(60),
+            default_retry: None,
             cluster_domain: "cluster.local".into(),
             discovery_selectors: Vec::new(),
         }

@@ -9,6 +9,7 @@ use portolan_controller::envoy::settings::{NoSnapshot, Settings};
 use portolan_controller::model::Scope;
 use portolan_proto::envoy::envoy::config::listener::v3::{Filter, FilterChain, Listener, filter::ConfigType};
 use portolan_proto::v1::{AddressListener, Inspection, ListenerPlan};
+use portolan_registry::route::Manner;
 
 const HTTP: Option<Inspection> = Some(Inspection { tls: false, http: true });
 const TLS: Option<Inspection> = Some(Inspection { tls: true, http: false });
@@ -157,6 +158,7 @@ fn the_same_plan_gives_the_same_bytes() {
 
 #[test]
 fn what_no_route_needs_is_not_there() {
+    let own = Manner { own: true, ..Manner::default() };
     let text_of = |needs: &Needs| {
         let mut renderer = Renderer::new(&settings(), &Scope::default(), "test");
         renderer.suit(&Arc::new(needs.clone()));
@@ -167,9 +169,9 @@ fn what_no_route_needs_is_not_there() {
     let plain = text_of(&Needs::default());
     assert_eq!((routes(&plain), plain.contains("envoy.filters.http.fault")), (1, false));
     assert!(text_of(&Needs { delays: true, ..Needs::default() }).contains("envoy.filters.http.fault"));
-    assert_eq!(routes(&text_of(&Needs { retries: true, ..Needs::default() })), 2);
+    assert_eq!(routes(&text_of(&Needs { retries: [own].into(), ..Needs::default() })), 2);
     let mirrors = [vec!["outbound|80||a".to_owned(), "outbound|80||b".to_owned()], vec!["outbound|80||b".to_owned()]];
-    let mirrored = text_of(&Needs { retries: true, mirrors: mirrors.into(), ..Needs::default() });
+    let mirrored = text_of(&Needs { retries: [own].into(), mirrors: mirrors.into(), ..Needs::default() });
     assert_eq!(routes(&mirrored), 6);
     assert_eq!(mirrored.matches("outbound|80||a,outbound|80||b").count(), 2, "the header that chooses it, twice");
 }

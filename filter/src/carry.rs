@@ -16,7 +16,7 @@ use crate::request::Headers;
 pub const MIRROR_HEADER: &str = "x-portolan-mirror";
 /// The header by whose value the host keeps requests together.
 pub const HASH_HEADER: &str = "x-portolan-hash";
-/// The header by which it chooses not to retry by its own conditions.
+/// The header by which it retries otherwise than of its own accord: the text of a route's `Manner`.
 pub const RETRY_POLICY_HEADER: &str = "x-portolan-retry";
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
 const ABORT_HEADER: &str = "x-envoy-fault-abort-request";
@@ -81,8 +81,8 @@ impl Pending {
 pub(crate) enum Carried {
     /// The request goes on; what is to be changed about the response.
     On(Option<Pending>),
-    /// It is answered here.
-    Answered(Box<Answer>),
+    /// It is answered here, after so many milliseconds.
+    Answered(Box<Answer>, u32),
 }
 
 /// A share of all requests, in millionths.
@@ -99,9 +99,11 @@ pub(crate) fn carry_out(
 ) -> Result<Carried> {
     let extras = matched.action.extras.as_deref();
     let mut pending = Pending::default();
-    match extras.and_then(|e| e.fault.as_ref()).map(|fault| inject(host, fault)).transpose()? {
+    let fault = extras.and_then(|e| e.fault.as_ref());
+    let delay = fault.filter(|fault| hits(fault.delay_share)).map_or(0, |fault| fault.delay_ms);
+    match fault.map(|fault| inject(host, fault, delay)).transpose()? {
         None | Some(Injected::Nothing) => {}
-        Some(Injected::Answer(answer)) => return Ok(Carried::Answered(answer)),
+        Some(Injected::Answer(answer)) => return Ok(Carried::Answered(answer, 0)),
         Some(Injected::Later) => {
             let target = match &matched.action.outcome {
                 Outcome::Forward(targets) => pick(targets).map(|target| target.cluster.as_str()),
@@ -114,12 +116,13 @@ pub(crate) fn carry_out(
     if let Some(cors) = extras.and_then(|e| e.cors.as_ref())
         && let Some(answer) = cross_origin(cors, request, patterns, &mut pending)
     {
-        return Ok(Carried::Answered(Box::new(answer)));
+        return Ok(Carried::Answered(Box::new(answer), delay));
     }
     let path = extras.and_then(|e| e.path.as_ref()).map(|rewrite| rewritten(request, matched.path, rewrite, patterns));
     let mut answer = match &matched.action.outcome {
         Outcome::Forward(targets) => {
-            let Some(target) = pick(targets) else { return Ok(Carried::Answered(Box::new(no_target()))) };
+            let Some(target) = pick(targets) else { return Ok(Carried::Answered(Box::new(no_target()), delay)) };
+            order_delay(host, delay)?;
             forward(host, request, target, extras, path.as_deref(), &mut pending)?;
             return Ok(Carried::On(Some(pending).filter(|p| !p.list.is_empty())));
         }
@@ -132,7 +135,7 @@ pub(crate) fn carry_out(
         pending.take_in(&extras.response, request, host);
     }
     pending.answer(&mut answer);
-    Ok(Carried::Answered(Box::new(answer)))
+    Ok(Carried::Answered(Box::new(answer), delay))
 }
 
 /// A destination by weight.
@@ -211,12 +214,16 @@ fn number(host: &impl Host, request: &Headers<'_>, name: &str, value: u32) -> Re
     }
 }
 
-fn retries(host: &impl Host, request: &Headers<'_>, retry: &Retry) -> Result {
-    let Retry { attempts, on, statuses, per_try_ms } = retry;
-    if retry.replaces() {
-        host.replace_request_header(RETRY_POLICY_HEADER, b"own")?;
+/// Orders retries.
+pub(crate) fn retries(host: &impl Host, request: &Headers<'_>, retry: &Retry) -> Result {
+    let Retry { attempts, on, statuses, per_try_ms, .. } = retry;
+    if let Some(manner) = retry.manner() {
+        host.replace_request_header(RETRY_POLICY_HEADER, manner.to_string().as_bytes())?;
     }
-    number(host, request, RETRIES_HEADER, *attempts)?;
+    // The number that the host's own conditions come with need not be said.
+    if retry.replaces() || *attempts != Retry::ATTEMPTS {
+        number(host, request, RETRIES_HEADER, *attempts)?;
+    }
     number(host, request, TRY_TIMEOUT_HEADER, *per_try_ms)?;
     // Envoy knows some conditions under one header and some under the other, and skips those that it does not know.
     for (name, ours) in [(RETRY_HEADER, on), (RETRY_GRPC_HEADER, on), (STATUSES_HEADER, statuses)] {
@@ -312,7 +319,7 @@ fn host_of<'a>(authority: &'a [u8], scheme: &[u8], was: &[u8], new_port: bool) -
 
 /// What a fault comes to.
 enum Injected {
-    /// The request goes on, maybe after a delay that is ordered.
+    /// The request goes on.
     Nothing,
     /// The answer in place of the upstream's.
     Answer(Box<Answer>),
@@ -320,14 +327,16 @@ enum Injected {
     Later,
 }
 
-/// Orders a delay, or an answer, or gives that.
-fn inject(host: &impl Host, fault: &Fault) -> Result<Injected> {
-    let delayed = fault.delay_ms > 0 && hits(fault.delay_share);
-    if delayed {
-        host.replace_request_header(DELAY_HEADER, fault.delay_ms.to_string().as_bytes())?;
-    }
+/// Has the host delay the request.
+fn order_delay(host: &impl Host, delay: u32) -> Result {
+    if delay == 0 { Ok(()) } else { host.replace_request_header(DELAY_HEADER, delay.to_string().as_bytes()) }
+}
+
+/// Gives an answer in place of the upstream's, or orders it after the delay.
+fn inject(host: &impl Host, fault: &Fault, delay: u32) -> Result<Injected> {
     if hits(fault.abort_share) {
-        if delayed {
+        if delay > 0 {
+            order_delay(host, delay)?;
             let (name, value) = match fault.abort_grpc {
                 Some(code) => (ABORT_GRPC_HEADER, code),
                 None => (ABORT_HEADER, fault.abort_status),

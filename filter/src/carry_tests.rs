@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use portolan_registry::route::{
     ALL, Action, Cors, Extras, Fault, HashCookie, HashKey, HeaderOps, Mirror, Outcome, PathRewrite, Redirect, Respond,
     Retry, Route, Target, TargetExtras, TextMatch, rows,
@@ -6,7 +8,7 @@ use portolan_registry::row::{CatchAll, Choice, HostPort, Origin, OriginKind, Rou
 
 use crate::host::fake::{Call, Fake};
 use crate::host::{Action as Told, Answer};
-use crate::testing::{CONFIGURATION, configured, deliver, whole, writer};
+use crate::testing::{CONFIGURATION, ROOT, configured, deliver, whole, writer};
 use crate::vm::Vm;
 
 const CONTEXT: u32 = 7;
@@ -130,7 +132,7 @@ fn headers_of_the_destination_then_those_of_the_route() {
 
 #[test]
 fn orders_to_the_host_and_those_of_the_application() {
-    let retry = Retry { attempts: 3, on: "5xx".into(), statuses: "418".into(), per_try_ms: 20 };
+    let retry = Retry { attempts: 3, on: "5xx".into(), statuses: "418".into(), per_try_ms: 20, ..Retry::default() };
     let mirror = |cluster: &str, share| Mirror { cluster: cluster.into(), share };
     let mirrors = vec![mirror("m", ALL), mirror("never", 0), mirror("n", ALL)];
     let extras = Extras { timeout_ms: 1500, retry: Some(retry), mirrors, ..Extras::default() };
@@ -177,6 +179,48 @@ fn faults() {
     let mut aborted = vm(forward(Extras { fault: Some(abort), ..Extras::default() }));
     let text = [("content-type", "text/plain")];
     assert_eq!(ask(&mut aborted, "/p", &[]), answered(555, "fault_filter_abort", "fault filter abort", &text));
+}
+
+#[test]
+fn an_answer_waits_for_the_delay() {
+    let fault = Fault { delay_share: ALL, delay_ms: 700, ..Fault::default() };
+    let extras = Extras { fault: Some(fault), ..Extras::default() };
+    let direct = Outcome::Respond(Respond { status: 418, body: b"teapot".to_vec() });
+    let mut vm = vm(Action { outcome: direct, extras: Some(Box::new(extras)) });
+    let waiting = [Call::Context(ROOT), Call::Tick(700), Call::Context(CONTEXT)];
+    assert_eq!(ask(&mut vm, "/p", &[]), (Told::Pause, waiting.to_vec()));
+    vm.host.pass(Duration::from_millis(400));
+    vm.on_tick(ROOT);
+    assert_eq!(vm.host.take_calls(), [Call::Context(ROOT), Call::Tick(300)]);
+    vm.host.pass(Duration::from_millis(300));
+    vm.on_tick(ROOT);
+    let (_, answer) = answered(418, "direct_response", "teapot", &[("content-type", "text/plain")]);
+    let after = [vec![Call::Context(CONTEXT)], answer, vec![Call::Context(ROOT), Call::Tick(0)]].concat();
+    assert_eq!(vm.host.take_calls(), after);
+}
+
+#[test]
+fn nobody_answers_a_request_that_is_gone() {
+    let fault = Fault { delay_share: ALL, delay_ms: 700, ..Fault::default() };
+    let extras = Extras { fault: Some(fault), ..Extras::default() };
+    let mut vm = vm(Action { outcome: Outcome::Redirect(Redirect::default()), extras: Some(Box::new(extras)) });
+    ask(&mut vm, "/p", &[]);
+    vm.on_delete(CONTEXT);
+    vm.host.pass(Duration::from_secs(1));
+    vm.on_tick(ROOT);
+    assert!(!vm.host.calls().iter().any(|call| matches!(call, Call::Answer(_))));
+}
+
+#[test]
+fn the_manner_of_retries_is_one_word() {
+    let asked = |retry| {
+        let extras = Extras { retry: Some(retry), ..Extras::default() };
+        ask(&mut vm(forward(extras)), "/p", &[])
+    };
+    let usual = Retry { attempts: Retry::ATTEMPTS, ..Retry::default() };
+    assert_eq!(asked(usual.clone()), on(vec![]));
+    let other = Retry { base_ms: 50, same_hosts: true, remote: true, ..usual };
+    assert_eq!(asked(other), on(vec![set("x-portolan-retry", "base-ms=50,same-hosts,remote")]));
 }
 
 #[test]

@@ -82,7 +82,10 @@ impl<H: Host> Vm<H> {
     pub fn on_request_headers(&mut self, context: u32) -> Action {
         let refusal = match self.route_request(context) {
             Ok(None) => return Action::Continue,
-            Ok(Some(answer)) => match self.host.answer(&answer) {
+            Ok(Some((answer, delay))) if delay > 0 && self.answer_later(context, answer.clone(), delay) => {
+                return Action::Pause;
+            }
+            Ok(Some((answer, _))) => match self.host.answer(&answer) {
                 Ok(()) => return Action::Pause,
                 Err(status) => Refusal::from(status),
             },
@@ -111,7 +114,7 @@ impl<H: Host> Vm<H> {
     }
 
     /// Says where the request goes, or how it is answered.
-    fn route_request(&mut self, context: u32) -> Result<Option<Box<Answer>>, Refusal> {
+    fn route_request(&mut self, context: u32) -> Result<Option<(Box<Answer>, u32)>, Refusal> {
         let headers = self.host.request_headers()?;
         let head = read_head(&self.host, &headers, self.destination_header)?;
         let Vm { host, subscription, metrics, log_level, report, destination_header, room, patterns, pending, .. } =
@@ -131,6 +134,9 @@ impl<H: Host> Vm<H> {
         }
         match decision.verdict {
             Verdict::Route { cluster } => {
+                if let Some(retry) = snapshot.globals().retry.as_ref().filter(|_| rule < Rule::PassThrough) {
+                    carry::retries(host, &Headers(&headers), retry)?;
+                }
                 set_cluster(host, cluster.bytes(room))?;
                 metrics.decided(host, Kind::Http, Outcome::Route, Cause::Rule(rule));
                 vm::log(host, *log_level, Level::Debug, || {
@@ -154,7 +160,7 @@ impl<H: Host> Vm<H> {
                     format!("portolan: {}: {reason}", printable(head.authority))
                 });
                 Ok(match carried {
-                    Carried::Answered(answer) => Some(answer),
+                    Carried::Answered(answer, delay) => Some((answer, delay)),
                     Carried::On(changes) => {
                         pending.extend(changes.map(|changes| (context, changes)));
                         None

@@ -15,6 +15,7 @@ mod envoy;
 mod hash_key;
 pub mod host;
 pub mod http;
+mod later;
 pub mod metrics;
 mod request;
 pub mod root;

@@ -32,6 +32,13 @@ pub(crate) struct Stream {
     token: Option<u32>,
 }
 
+impl Stream {
+    /// The root context that gets the ticks.
+    pub(crate) fn root(self) -> u32 {
+        self.root
+    }
+}
+
 impl<H: Host> Vm<H> {
     /// A root has got its configuration. False: it cannot be used, and the log says why.
     pub fn on_configure(&mut self, context: u32) -> bool {
@@ -80,7 +87,10 @@ impl<H: Host> Vm<H> {
     pub fn on_tick(&mut self, context: u32) {
         if self.stream.is_some_and(|s| s.root == context) {
             self.refresh_log_level();
-            self.drive(Subscription::on_tick);
+            if self.give_answers() {
+                self.drive(Subscription::on_tick);
+            }
+            self.arm();
         }
     }
 
@@ -109,6 +119,7 @@ impl<H: Host> Vm<H> {
     /// A context is gone.
     pub fn on_delete(&mut self, context: u32) {
         self.pending.remove(&context);
+        self.later.forget(context);
         self.roots.remove(&context);
         if self.stream.is_some_and(|s| s.root == context) {
             self.cancel();
@@ -134,6 +145,7 @@ impl<H: Host> Vm<H> {
             }
         }
         self.stream = Some(Stream { root: context, token: None });
+        self.later.moved();
         self.drive(Subscription::start);
     }
 
@@ -191,9 +203,9 @@ impl<H: Host> Vm<H> {
             }
             Action::Close => self.cancel(),
             Action::Tick(period) => {
-                if let Err(status) = self.host.set_tick(period) {
-                    self.log(Level::Error, || format!("portolan: the host gives no ticks: {status}"));
-                }
+                let now = self.host.now().unwrap_or_default();
+                self.later.subscription(period, now);
+                self.arm();
             }
             Action::Log(level, message) => self.log(level, || format!("portolan: {message}")),
             Action::Count(count) => self.metrics.count(&self.host, count),

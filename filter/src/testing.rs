@@ -24,7 +24,7 @@ pub(crate) fn rows(catch_all: CatchAll) -> Vec<Row> {
     let port80 = HostPort { port: 80, server: 0, http: http.clone(), sni: None, proxy: http };
     let port443 = HostPort { port: 443, server: 0, http: None, sni: Some(choice("outbound|443||a.com")), proxy: None };
     vec![
-        Row::Globals(Globals { catch_all, gateway: false }),
+        Row::Globals(Globals { catch_all, gateway: false, retry: None }),
         Row::Host { pattern: "a.com".parse().unwrap(), ports: vec![port80, port443] },
         Row::Port { port: 443, http: false, tcp: None, prefixes: Vec::new() },
         Row::Address {

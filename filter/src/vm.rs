@@ -8,6 +8,7 @@ use portolan_registry::routing::Patterns;
 use crate::carry::Pending;
 use crate::config::NoSnapshot;
 use crate::host::{DECISION, Host, Level};
+use crate::later::Later;
 use crate::metrics::{Cause, Kind, Metrics, Outcome};
 use crate::root::{Root, Stream};
 use crate::subscription::Subscription;
@@ -36,6 +37,8 @@ pub struct Vm<H> {
     pub(crate) patterns: Patterns,
     /// What is to be changed about responses, by the context of the request.
     pub(crate) pending: BTreeMap<u32, Pending>,
+    /// Answers that are delayed.
+    pub(crate) later: Later,
 }
 
 impl<H: Host> Vm<H> {
@@ -53,6 +56,7 @@ impl<H: Host> Vm<H> {
             room: Vec::new(),
             patterns: Patterns::default(),
             pending: BTreeMap::new(),
+            later: Later::default(),
         }
     }
 

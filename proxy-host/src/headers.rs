@@ -140,8 +140,36 @@ pub struct Orders {
     pub hash: Option<HeaderValue>,
     /// Clusters that get a copy.
     pub mirrors: Vec<String>,
-    /// It is not retried on the conditions that hold otherwise.
-    pub own_retries: bool,
+    /// How it is retried.
+    pub retries: Retries,
+}
+
+/// How a request is retried, in one word of the filter's (`x-portolan-retry`); without it as Istio does by default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retries {
+    /// Not on the conditions that hold otherwise.
+    pub own: bool,
+    /// Milliseconds of the first interval; `None` for Envoy's own.
+    pub base_ms: Option<u32>,
+    /// Endpoints that were tried may be tried again.
+    pub same_hosts: bool,
+    /// Priorities that were tried are left out.
+    pub remote: bool,
+}
+
+impl Retries {
+    fn read(words: &HeaderValue) -> Self {
+        let mut out = Self::default();
+        for word in words.to_str().unwrap_or_default().split(',') {
+            match word {
+                "own" => out.own = true,
+                "same-hosts" => out.same_hosts = true,
+                "remote" => out.remote = true,
+                _ => out.base_ms = word.strip_prefix("base-ms=").and_then(|ms| ms.parse().ok()).or(out.base_ms),
+            }
+        }
+        out
+    }
 }
 
 /// Removes what is between the filter and this proxy, so that none of it leaves.
@@ -156,7 +184,7 @@ pub fn take_orders(headers: &mut HeaderMap) -> Orders {
                 headers.remove(own);
             }
             "x-portolan-hash" => orders.hash = headers.remove(own),
-            "x-portolan-retry" => orders.own_retries = headers.remove(own).is_some(),
+            "x-portolan-retry" => orders.retries = headers.remove(own).as_ref().map(Retries::read).unwrap_or_default(),
             _ => {
                 headers.remove(own);
             }
@@ -265,7 +293,8 @@ mod tests {
         let orders = take_orders(&mut headers);
         assert_eq!(headers, map(&[("x-porto", "e")]));
         let hash = Some(HeaderValue::from_static("hash"));
-        assert_eq!(orders, Orders { hash, mirrors: vec!["mirror".into()], own_retries: true });
+        let retries = Retries { own: true, base_ms: Some(50), ..Retries::default() };
+        assert_eq!(orders, Orders { hash, mirrors: vec!["mirror".into()], retries });
     }
 
     #[test]

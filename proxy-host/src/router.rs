@@ -19,7 +19,7 @@ use crate::{
     access_log::Entry,
     body::{Received, RequestBody},
     flags,
-    headers::{Orders, X_REQUEST_ID},
+    headers::{Orders, Retries, X_REQUEST_ID},
     listener::{guard::Control, http::target},
     replay::Held,
     stats,
@@ -75,10 +75,23 @@ async fn choose(
     cluster: &Cluster,
     wanted: &Wanted,
     tried: &[Rc<Endpoint>],
+    manner: Retries,
 ) -> Result<Rc<Endpoint>, ChooseError> {
+    let fresh = |endpoint: &Rc<Endpoint>| manner.same_hosts || !tried.iter().any(|before| Rc::ptr_eq(before, endpoint));
+    if let Some(balancer) = manner.remote.then(|| cluster.elsewhere(tried)).flatten() {
+        let picks = (0..SELECTIONS).filter_map(|attempt| balancer.pick(wanted.hash.map(|hash| (hash, attempt))));
+        let mut last = None;
+        for endpoint in picks {
+            if fresh(&endpoint) {
+                return Ok(endpoint);
+            }
+            last = Some(endpoint);
+        }
+        return last.ok_or(ChooseError::NoEndpoint);
+    }
     let mut endpoint = cluster.choose(wanted, &worker.resolver).await?;
     for attempt in 1..SELECTIONS {
-        if !tried.iter().any(|before| Rc::ptr_eq(before, &endpoint)) {
+        if fresh(&endpoint) {
             break;
         }
         endpoint = cluster.choose_again(wanted, &worker.resolver, attempt).await?;
@@ -173,12 +186,12 @@ pub async fn send(
     entry: &mut Entry,
 ) -> Result<Answered, Failure> {
     let http2 = speaks_http2(cluster, client);
-    let Outgoing { mut head, body, received, grpc, orders: Orders { mirrors, own_retries, .. }, expects } = outgoing;
+    let Outgoing { mut head, body, received, grpc, orders: Orders { mirrors, retries, .. }, expects } = outgoing;
     if http2 && let Some(control) = &expects {
         // hyper does not say what an HTTP/2 server said before its answer.
         control.go_on();
     }
-    let policy = Policy::take(&mut head.headers, grpc, own_retries);
+    let policy = Policy::take(&mut head.headers, grpc, retries);
     // A server of HTTP/2 may refuse a stream, as it does at its own end.
     let repeats = policy.repeats || http2 && !body.is_end_stream();
     if repeats || policy.timeout.is_some() || !mirrors.is_empty() {
@@ -278,7 +291,7 @@ impl Way<'_> {
         let mut retry = 0;
         let apart = self.cluster.apart(self.wanted);
         loop {
-            let chosen = choose(self.worker, self.cluster, self.wanted, &tried).await;
+            let chosen = choose(self.worker, self.cluster, self.wanted, &tried, policy.manner).await;
             let endpoint = progress.endpoint.insert(chosen.map_err(Failure::Choose)?).clone();
             let Some(mut request) = source.next() else { return Err(Failure::Filter) };
             request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
@@ -314,7 +327,7 @@ impl Way<'_> {
             tried.push(endpoint);
             retry += 1;
             progress.tries.retried = true;
-            back_off(retry).await;
+            back_off(retry, policy.manner.base_ms).await;
         }
     }
 
@@ -398,7 +411,7 @@ pub async fn connect(
     wanted: &Wanted,
     entry: &mut Entry,
 ) -> Result<(Stream, Active), Failure> {
-    let endpoint = choose(worker, cluster, wanted, &[]).await.map_err(Failure::Choose)?;
+    let endpoint = choose(worker, cluster, wanted, &[], Retries::default()).await.map_err(Failure::Choose)?;
     entry.upstream = endpoint.address().cloned();
     let active = endpoint.begin();
     let connected = cluster.connect(&endpoint, wanted).await;

@@ -10,6 +10,7 @@ use crate::decision::OriginRef;
 use crate::name::HostPattern;
 use crate::route::{self, TableBody};
 use crate::row::{CatchAll, Choice, Globals, HostPort, MAX_LOSERS, Origin, OriginKind, Routes, Row, RowKey};
+use crate::wire::Wire;
 
 pub(crate) const TAG_EXACT: u8 = 1;
 pub(crate) const TAG_SUFFIX: u8 = 2;
@@ -287,7 +288,9 @@ pub(crate) fn value(row: &Row) -> Vec<u8> {
                 CatchAll::PassThrough => 1,
                 CatchAll::DynamicDns => 2,
             };
-            return vec![mode, u8::from(globals.gateway)];
+            let mut out = vec![mode, u8::from(globals.gateway)];
+            globals.retry.put(&mut out);
+            return out;
         }
     }
     out.finish()
@@ -546,11 +549,11 @@ fn globals(value: &[u8]) -> Option<Globals> {
         1 => CatchAll::PassThrough,
         _ => CatchAll::DynamicDns,
     };
-    Some(Globals { catch_all, gateway: c.u8()? != 0 })
+    Some(Globals { catch_all, gateway: c.u8()? != 0, retry: Wire::get(&mut c)? })
 }
 
 /// What a snapshot says of itself as a whole.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Summary {
     /// Lengths of wildcards: those that begin inside a label, then those that begin with a dot.
     plain: [u8; 32],

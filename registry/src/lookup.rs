@@ -166,8 +166,8 @@ impl Snapshot {
     }
 
     /// What holds for all; nothing is let through where there is nothing.
-    pub fn globals(&self) -> Globals {
-        self.summary().globals
+    pub fn globals(&self) -> &Globals {
+        &self.summary().globals
     }
 
     fn address(&self, address: IpAddr, port: u16) -> Option<Value<'_>> {

@@ -5,6 +5,7 @@
 //! content: parts end where the bytes of a route say so, and one changed route changes one part.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use crate::bloom;
 use crate::encode::Cursor;
@@ -188,12 +189,55 @@ pub struct Retry {
     pub statuses: String,
     /// Milliseconds for each try; 0 for none.
     pub per_try_ms: u32,
+    /// Milliseconds of the first interval between tries; 0 for the host's own.
+    pub base_ms: u32,
+    /// Endpoints that were tried are not avoided.
+    pub same_hosts: bool,
+    /// Priorities that were tried are avoided.
+    pub remote: bool,
 }
 
 impl Retry {
+    /// Retries where nobody says how many, as Istio has it.
+    pub const ATTEMPTS: u32 = 2;
+
     /// Whether the host's own conditions for retries do not hold.
     pub fn replaces(&self) -> bool {
         self.attempts == 0 || !self.on.is_empty()
+    }
+
+    /// How it is retried, where that is not the host's own way.
+    pub fn manner(&self) -> Option<Manner> {
+        let own = self.replaces();
+        let manner = match self.attempts {
+            0 => Manner { own, ..Manner::default() },
+            _ => Manner { own, base_ms: self.base_ms, same_hosts: self.same_hosts, remote: self.remote },
+        };
+        (manner != Manner::default()).then_some(manner)
+    }
+}
+
+/// What of retries a host is told in one word, because a stock Envoy does it by its route only. The text lists what
+/// departs from the host's own way: `own,base-ms=50,same-hosts,remote`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Manner {
+    /// The host's own conditions do not hold.
+    pub own: bool,
+    /// Milliseconds of the first interval between tries; 0 for the host's own.
+    pub base_ms: u32,
+    /// Endpoints that were tried are not avoided.
+    pub same_hosts: bool,
+    /// Priorities that were tried are avoided.
+    pub remote: bool,
+}
+
+impl fmt::Display for Manner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let base = format!("base-ms={}", self.base_ms);
+        let words =
+            [(self.own, "own"), (self.base_ms > 0, &base), (self.same_hosts, "same-hosts"), (self.remote, "remote")];
+        let said: Vec<&str> = words.iter().filter(|(said, _)| *said).map(|(_, word)| *word).collect();
+        f.write_str(&said.join(","))
     }
 }
 
@@ -280,7 +324,7 @@ fields!(TargetExtras: authority, request, response, hash, tunnel);
 fields!(Target: cluster, weight, extras);
 fields!(Redirect: status, scheme, authority, port, path);
 fields!(Respond: status, body);
-fields!(Retry: attempts, on, statuses, per_try_ms);
+fields!(Retry: attempts, on, statuses, per_try_ms, base_ms, same_hosts, remote);
 fields!(Fault: delay_share, delay_ms, abort_share, abort_status, abort_grpc);
 fields!(Cors: origins, methods, headers, expose, max_age, credentials, refuse_unmatched);
 fields!(Mirror: cluster, share);

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::name::HostPattern;
 use crate::object::{ClusterName, Namespace, ObjectName};
-use crate::route::{Route, TableBody};
+use crate::route::{Retry, Route, TableBody};
 
 pub use crate::object::TableName;
 
@@ -158,12 +158,14 @@ pub enum CatchAll {
 }
 
 /// The one row of its kind; a snapshot without it is empty.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Globals {
     /// Unknown destinations.
     pub catch_all: CatchAll,
     /// A gateway has no catch-all virtual host: an unknown host is 404.
     pub gateway: bool,
+    /// Retries of requests that no route table takes.
+    pub retry: Option<Retry>,
 }
 
 /// What a row is known by.

@@ -163,7 +163,7 @@ fn specificity(pattern: &HostPattern) -> usize {
 }
 
 fn rows_of(n: usize) -> Vec<Row> {
-    let mut rows = vec![Row::Globals(Globals { catch_all: CatchAll::Block, gateway: false })];
+    let mut rows = vec![Row::Globals(Globals { catch_all: CatchAll::Block, gateway: false, retry: None })];
     for i in 0..n {
         rows.push(match i % 4 {
             0 => host_row(&format!("*.w{i}.example.com"), &[80], &[443]),
@@ -258,7 +258,7 @@ fn table() -> impl Strategy<Value = Vec<Row>> {
             rows.push(Row::Port { port, http: true, tcp, prefixes });
         }
         let catch_all = if open { CatchAll::PassThrough } else { CatchAll::Block };
-        rows.push(Row::Globals(Globals { catch_all, gateway: false }));
+        rows.push(Row::Globals(Globals { catch_all, gateway: false, retry: None }));
         rows
     })
 }
@@ -366,7 +366,8 @@ fn the_proxy_port_takes_the_port_from_the_authority() {
 
 #[test]
 fn an_open_mesh_dials_unknown_names_of_the_proxy_port() {
-    let (_, snapshot) = build(&[Row::Globals(Globals { catch_all: CatchAll::PassThrough, gateway: false })]);
+    let (_, snapshot) =
+        build(&[Row::Globals(Globals { catch_all: CatchAll::PassThrough, gateway: false, retry: None })]);
     let decision = snapshot.request(&Request { listener: Listener::Proxy, authority: b"z.com", connect: false });
     assert!(matches!(decision.verdict, Verdict::Route { cluster } if cluster == *DYNAMIC_CLUSTER));
 }

@@ -41,7 +41,7 @@ fn host(pattern: &str, cluster: &str) -> Row {
 fn registry(cluster: &str) -> Writer {
     let mut writer = Writer::new();
     let rows = [
-        Row::Globals(Globals { catch_all: CatchAll::Block, gateway: false }),
+        Row::Globals(Globals { catch_all: CatchAll::Block, gateway: false, retry: None }),
         Row::Port { port: 80, http: true, tcp: None, prefixes: Vec::new() },
         Row::Port { port: 443, http: false, tcp: None, prefixes: Vec::new() },
         host("web.example.com", cluster),

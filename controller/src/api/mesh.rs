@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use crate::api::decode::{self, Fields, Path};
+use crate::api::message::Decode;
 use crate::config::tree::{Node, Value};
 use crate::model::{LabelOperator, LabelSelector, MeshConfig, OutboundMode};
 use crate::validate::finding::Issue;
-use crate::validate::predicates;
+use crate::validate::{http_route, predicates};
 
 const MODES: &[(&str, i32)] = &[("REGISTRY_ONLY", 0), ("ALLOW_ANY", 1), ("ALLOW_ANY_DYNAMIC_DNS", 3)];
 
@@ -97,6 +98,12 @@ pub fn read(root: &Node, issues: &mut Vec<Issue>) -> MeshConfig {
             }
             "discoverySelectors" | "discovery_selectors" => {
                 mesh.discovery_selectors = decode::list(value, &path, issues, selector);
+            }
+            "defaultHttpRetryPolicy" | "default_http_retry_policy" => {
+                mesh.default_retry = Option::decode(value, &path, issues);
+                if let Some(retry) = &mesh.default_retry {
+                    http_route::retries(retry, &field.key, issues);
+                }
             }
             _ => issues.push(Issue::warned("ignored-field", path, "not supported by Portolan, ignored")),
         }

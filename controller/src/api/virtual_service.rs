@@ -337,6 +337,8 @@ message! {
     }
 }
 
+impl Eq for Retry {}
+
 message! {
     /// A cross-origin policy.
     CorsPolicy {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use portolan_registry::name::HostPattern;
 use portolan_registry::object::ClusterName;
-use portolan_registry::route::{Action, HashKey, Outcome, Route, Target, TargetExtras, TextMatch};
+use portolan_registry::route::{Action, Extras, HashKey, Outcome, Retry, Route, Target, TargetExtras, TextMatch};
 use portolan_registry::row::{Choice, MAX_LOSERS, Origin, Routes, RowKey};
 
 use super::http_routes::Others;
@@ -97,6 +97,8 @@ pub(crate) struct Group {
     pub(crate) routed: BTreeMap<u16, Routed>,
     /// What requests are kept together by on ports without a table.
     hashed: BTreeMap<u16, HashKey>,
+    /// How they are retried, where the mesh says so.
+    retry: Option<Retry>,
     /// What connections ask for in a tunnel.
     tunnel: Option<String>,
     /// Partial wildcards that a TLS port cannot match: origin and pattern.
@@ -115,6 +117,7 @@ impl Group {
             domains: Vec::new(),
             routed,
             hashed: BTreeMap::new(),
+            retry: cx.default_retry(),
             tunnel: around.others.tunnel(key, ""),
             dropped: Vec::new(),
         };
@@ -348,13 +351,14 @@ impl Group {
         let extras = TargetExtras { hash: Some(key.clone()), ..TargetExtras::default() };
         let cluster = choice.cluster.to_string();
         let targets = vec![Target { cluster, weight: 1, extras: Some(Box::new(extras)) }];
+        let more = self.retry.clone().map(|retry| Box::new(Extras { retry: Some(retry), ..Extras::default() }));
         let route = Route {
             name: "default".to_owned(),
             index: 0,
             path: TextMatch::Present,
             ignore_case: false,
             conditions: Vec::new(),
-            action: Action { outcome: Outcome::Forward(targets), extras: None },
+            action: Action { outcome: Outcome::Forward(targets), extras: more },
         };
         Choice { cluster: ClusterName::default(), routes: Some(Routes::Inline(vec![route])), ..choice }
     }

@@ -257,7 +257,12 @@ impl Place<'_> {
             };
         }
         out.timeout_ms = milliseconds(route.timeout);
-        out.retry = route.retries.as_ref().map(retry);
+        let retries = route.retries.as_ref().or(self.cx.mesh.default_retry.as_ref());
+        let hashed = match route.route.as_slice() {
+            [only] => only.destination.as_ref().is_some_and(|to| self.hash(to).is_some()),
+            _ => false,
+        };
+        out.retry = retry(retries, hashed);
         out.fault = route.fault.as_ref().map(fault);
         out.cors = route.cors_policy.as_ref().map(cors);
         out.mirrors = self.mirrors(route);
@@ -286,7 +291,11 @@ fn milliseconds(duration: Option<SignedDuration>) -> u32 {
     duration.map_or(0, |d| u32::try_from(d.as_millis().max(0)).unwrap_or(u32::MAX))
 }
 
-fn retry(retries: &api::Retry) -> Retry {
+/// The retries of a route; `hashed`: its requests are kept together, and stay so when they are retried.
+pub(crate) fn retry(retries: Option<&api::Retry>, hashed: bool) -> Option<Retry> {
+    let Some(retries) = retries else {
+        return hashed.then(|| Retry { attempts: Retry::ATTEMPTS, same_hosts: true, ..Retry::default() });
+    };
     let attempts = u32::try_from(retries.attempts).unwrap_or_default();
     let (mut on, mut statuses) = (Vec::new(), Vec::new());
     for item in retries.retry_on.split(',').filter(|item| !item.is_empty()) {
@@ -295,12 +304,15 @@ fn retry(retries: &api::Retry) -> Retry {
     if !statuses.is_empty() && !on.contains(&"retriable-status-codes") {
         on.push("retriable-status-codes");
     }
-    Retry {
+    Some(Retry {
         attempts,
         on: on.join(","),
         statuses: statuses.join(","),
         per_try_ms: milliseconds(retries.per_try_timeout),
-    }
+        base_ms: milliseconds(retries.backoff),
+        same_hosts: retries.retry_ignore_previous_hosts.map_or(hashed, |avoided| !avoided),
+        remote: retries.retry_remote_localities == Some(true),
+    })
 }
 
 fn fault(fault: &api::Fault) -> Fault {

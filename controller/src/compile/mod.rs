@@ -152,7 +152,11 @@ impl Compiler {
             (_, OutboundMode::AllowAnyDynamicDns) => CatchAll::DynamicDns,
         };
         // The row is a few bytes: it cannot be too large.
-        let _ = self.writer.put(&Row::Globals(Globals { catch_all, gateway: self.cx.gateway() }));
+        let _ = self.writer.put(&Row::Globals(Globals {
+            catch_all,
+            gateway: self.cx.gateway(),
+            retry: self.cx.default_retry(),
+        }));
         let http = catch_all == CatchAll::DynamicDns;
         let plan = ListenerPlan { port: 0, wildcard: Some(Inspection { tls: false, http }), ..ListenerPlan::default() };
         self.plans.insert(0, plan);
@@ -210,8 +214,11 @@ impl Compiler {
         let update = self.commit_rows();
         let routes = if self.cx.gateway() { &self.gateways.needs } else { self.virtual_services.needs() };
         let tunnels = self.rules.tunnel();
-        if self.needs.tunnels != tunnels || !self.needs.same_routes(routes) {
-            self.needs = Arc::new(Needs { tunnels, ..Needs::clone(routes) });
+        // Routes that are made for hosts without a VirtualService are in no table that was counted.
+        let mut routes = Needs { tunnels, ..Needs::clone(routes) };
+        routes.retries.extend(self.cx.default_retry().and_then(|retry| retry.manner()));
+        if *self.needs != routes {
+            self.needs = Arc::new(routes);
         }
         update
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use portolan_registry::route::{ALL, Mirror, Retry, Route};
+use portolan_registry::route::{ALL, Manner, Mirror, Retry, Route};
 
 /// Of a route's mirrors that get a share of the requests, so many are told apart: each combination is a route in Envoy.
 const SHARED: usize = 6;
@@ -13,8 +13,8 @@ const SHARED: usize = 6;
 pub struct Needs {
     /// Some requests are delayed.
     pub delays: bool,
-    /// Some have conditions for retries in place of the default ones.
-    pub retries: bool,
+    /// How some are retried, in place of the default.
+    pub retries: BTreeSet<Manner>,
     /// Some connections go through a tunnel.
     pub tunnels: bool,
     /// The clusters that may get a copy of one request, in the order in which the filter names them.
@@ -27,7 +27,7 @@ impl Needs {
         let mut out = Needs::default();
         for extras in routes.iter().filter_map(|route| route.action.extras.as_deref()) {
             out.delays |= extras.fault.as_ref().is_some_and(|fault| fault.delay_ms > 0 && fault.delay_share > 0);
-            out.retries |= extras.retry.as_ref().is_some_and(Retry::replaces);
+            out.retries.extend(extras.retry.as_ref().and_then(Retry::manner));
             out.mirrors.extend(combinations(&extras.mirrors));
         }
         out
@@ -35,13 +35,8 @@ impl Needs {
 
     pub(crate) fn add(&mut self, other: &Needs) {
         self.delays |= other.delays;
-        self.retries |= other.retries;
+        self.retries.extend(other.retries.iter().copied());
         self.mirrors.extend(other.mirrors.iter().cloned());
-    }
-
-    /// Whether the routes of both need the same.
-    pub(crate) fn same_routes(&self, other: &Needs) -> bool {
-        (self.delays, self.retries, &self.mirrors) == (other.delays, other.retries, &other.mirrors)
     }
 
     /// All clusters that may get a copy.

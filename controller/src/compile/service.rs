@@ -7,8 +7,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use portolan_registry::route::Retry;
 use portolan_registry::row::{Origin, OriginKind};
 
+use super::http_routes;
 use super::sidecar::{Imports, Place};
 use crate::model::{
     MeshConfig, Meta, OutboundMode, Protocol, Resolution, Role, Scope, Service, ServiceEntry, ServicePort,
@@ -33,6 +35,11 @@ impl Context {
     pub(crate) fn v6_only(&self) -> bool {
         let mut ips = self.scope.ips.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()).peekable();
         ips.peek().is_some() && ips.all(|ip| ip.is_ipv6())
+    }
+
+    /// Retries that a MeshConfig has in place of Istio's own.
+    pub(crate) fn default_retry(&self) -> Option<Retry> {
+        http_routes::retry(self.mesh.default_retry.as_ref(), false)
     }
 
     /// What happens to unknown destinations.

@@ -395,25 +395,6 @@ impl VirtualServices {
     }
 }
 
-/// What of a VirtualService is not acted on, in words.
-pub fn unserved(spec: &VirtualService) -> Vec<&'static str> {
-    let mut out = BTreeSet::new();
-    for route in &spec.http {
-        if let Some(retries) = &route.retries
-            && (retries.backoff.is_some()
-                || retries.retry_remote_localities.is_some()
-                || retries.retry_ignore_previous_hosts.is_some())
-        {
-            out.insert("retries.backoff, retryRemoteLocalities and retryIgnorePreviousHosts: the defaults hold");
-        }
-        let answered = route.redirect.is_some() || route.direct_response.is_some();
-        if answered && route.fault.as_ref().is_some_and(|fault| fault.delay.is_some()) {
-            out.insert("fault.delay of a redirect or directResponse: it is answered at once");
-        }
-    }
-    out.into_iter().collect()
-}
-
 /// Whom a VirtualService is exported to.
 enum Reach<'o> {
     Public,

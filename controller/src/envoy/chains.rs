@@ -30,11 +30,13 @@ use portolan_proto::envoy::envoy::extensions::filters::network::tcp_proxy::v3::{
 use portolan_proto::envoy::envoy::extensions::filters::network::wasm::v3::Wasm as NetworkWasm;
 use portolan_proto::envoy::envoy::extensions::http::early_header_mutation::header_mutation::v3::HeaderMutation as EarlyHeaderMutation;
 use portolan_proto::envoy::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
+use portolan_proto::envoy::envoy::extensions::retry::priority::previous_priorities::v3::PreviousPrioritiesConfig;
 use portolan_proto::envoy::envoy::extensions::wasm::v3::{FailurePolicy, PluginConfig, VmConfig, plugin_config};
 use portolan_proto::envoy::envoy::r#type::matcher::v3::{StringMatcher, string_matcher};
 use portolan_proto::envoy::envoy::r#type::v3::{FractionalPercent, HashPolicy, hash_policy};
 use portolan_proto::envoy::google::protobuf::{self, StringValue};
 use portolan_proto::v1::GatewayServer;
+use portolan_registry::route::Manner;
 use prost::{Message, Name};
 use serde_json::json;
 
@@ -52,7 +54,7 @@ const DESTINATION_HEADER: &str = "x-portolan-destination";
 pub(super) const HASH_HEADER: &str = "x-portolan-hash";
 /// The header by which it mirrors.
 const MIRROR_HEADER: &str = "x-portolan-mirror";
-/// The header by which it does not retry on its own conditions.
+/// The header by which it retries otherwise than Istio does by default.
 const RETRY_HEADER: &str = "x-portolan-retry";
 /// The header by which the fault filter delays.
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
@@ -155,11 +157,11 @@ impl Chains {
 
     /// The routes of requests with such a path: what a header can only choose, and not say, each has as its own.
     fn routes(&self, path: &PathSpecifier, upgrades: &[route::route_action::UpgradeConfig]) -> Vec<route::Route> {
-        let retries: &[bool] = if self.needs.retries { &[true, false] } else { &[false] };
+        let retries = || self.needs.retries.iter().copied().map(Some).chain([None]);
         let mirrors = self.needs.mirrors.iter().map(Vec::as_slice).chain([&[][..]]);
         mirrors
-            .flat_map(|mirrors| retries.iter().map(move |own| (mirrors, *own)))
-            .map(|(mirrors, own)| routed(path.clone(), upgrades.to_vec(), mirrors, own))
+            .flat_map(|mirrors| retries().map(move |manner| (mirrors, manner)))
+            .map(|(mirrors, manner)| routed(path.clone(), upgrades.to_vec(), mirrors, manner))
             .collect()
     }
 
@@ -430,13 +432,13 @@ fn prefix() -> PathSpecifier {
     PathSpecifier::Prefix("/".to_owned())
 }
 
-/// The route of requests that the filter has decided about, to be mirrored there, and to be retried on the filter's
-/// conditions only (`own`) or on Istio's as well. Others have no route, and get a 404.
+/// The route of requests that the filter has decided about, to be mirrored there, and to be retried in this
+/// manner or in Istio's own. Others have no route, and get a 404.
 fn routed(
     path: PathSpecifier,
     upgrade_configs: Vec<route::route_action::UpgradeConfig>,
     mirrors: &[String],
-    own: bool,
+    manner: Option<Manner>,
 ) -> route::Route {
     let header = |name: &str, how| route::HeaderMatcher {
         name: name.to_owned(),
@@ -445,21 +447,20 @@ fn routed(
     };
     let present = || route::header_matcher::HeaderMatchSpecifier::PresentMatch(true);
     let mut headers = vec![header(CLUSTER_HEADER, present())];
-    if own {
-        headers.push(header(RETRY_HEADER, present()));
-    }
+    let exactly = |text: String| {
+        let match_pattern = Some(string_matcher::MatchPattern::Exact(text));
+        let text = StringMatcher { match_pattern, ..StringMatcher::default() };
+        route::header_matcher::HeaderMatchSpecifier::StringMatch(text)
+    };
+    headers.extend(manner.map(|manner| header(RETRY_HEADER, exactly(manner.to_string()))));
     if !mirrors.is_empty() {
-        let all = StringMatcher {
-            match_pattern: Some(string_matcher::MatchPattern::Exact(mirrors.join(","))),
-            ..StringMatcher::default()
-        };
-        headers.push(header(MIRROR_HEADER, route::header_matcher::HeaderMatchSpecifier::StringMatch(all)));
+        headers.push(header(MIRROR_HEADER, exactly(mirrors.join(","))));
     }
     let hash = route::route_action::hash_policy::Header { header_name: HASH_HEADER.to_owned(), regex_rewrite: None };
     let action = route::RouteAction {
         cluster_specifier: Some(route::route_action::ClusterSpecifier::ClusterHeader(CLUSTER_HEADER.to_owned())),
         timeout: Some(protobuf::Duration::default()),
-        retry_policy: Some(retry_policy(own)),
+        retry_policy: Some(retry_policy(manner.unwrap_or_default())),
         hash_policy: vec![route::route_action::HashPolicy {
             policy_specifier: Some(route::route_action::hash_policy::PolicySpecifier::Header(hash)),
             terminal: false,
@@ -479,17 +480,33 @@ fn routed(
     }
 }
 
-fn retry_policy(own: bool) -> route::RetryPolicy {
-    let hosts = route::retry_policy::RetryHostPredicate {
+fn retry_policy(manner: Manner) -> route::RetryPolicy {
+    let Manner { own, base_ms, same_hosts, remote } = manner;
+    let others = route::retry_policy::RetryHostPredicate {
         name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
         config_type: Some(route::retry_policy::retry_host_predicate::ConfigType::TypedConfig(any(
             &PreviousHostsPredicate {},
         ))),
     };
+    let priorities = route::retry_policy::RetryPriority {
+        name: "envoy.retry_priorities.previous_priorities".to_owned(),
+        config_type: Some(route::retry_policy::retry_priority::ConfigType::TypedConfig(any(
+            &PreviousPrioritiesConfig { update_frequency: 2 },
+        ))),
+    };
+    let back_off = route::retry_policy::RetryBackOff {
+        base_interval: Some(protobuf::Duration {
+            seconds: i64::from(base_ms / 1000),
+            nanos: i32::try_from(base_ms % 1000 * 1_000_000).unwrap_or_default(),
+        }),
+        ..route::retry_policy::RetryBackOff::default()
+    };
     route::RetryPolicy {
         retry_on: if own { String::new() } else { RETRY_ON.to_owned() },
         num_retries: if own { None } else { number(2) },
-        retry_host_predicate: vec![hosts],
+        retry_host_predicate: if same_hosts { Vec::new() } else { vec![others] },
+        retry_priority: remote.then_some(priorities),
+        retry_back_off: (base_ms > 0).then_some(back_off),
         host_selection_retry_max_attempts: 5,
         ..route::RetryPolicy::default()
     }

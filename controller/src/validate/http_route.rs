@@ -398,7 +398,8 @@ fn direct_response(response: &DirectResponse, path: &str, issues: &mut Vec<Issue
     check(issues, "http-status", format!("{path}.status"), http_status(status));
 }
 
-fn retries(retry: &Retry, path: &str, issues: &mut Vec<Issue>) {
+/// Judges retries, of a route or of the mesh.
+pub(crate) fn retries(retry: &Retry, path: &str, issues: &mut Vec<Issue>) {
     let field = format!("{path}.attempts");
     if retry.attempts < 0 {
         refuse(issues, "attempts", &field, "attempts cannot be negative");

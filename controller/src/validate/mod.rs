@@ -8,7 +8,7 @@ pub mod destination_rule;
 pub mod finding;
 pub mod gateway;
 mod header_value;
-mod http_route;
+pub(crate) mod http_route;
 mod locality;
 pub mod predicates;
 mod reachability;

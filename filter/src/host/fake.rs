@@ -66,6 +66,7 @@ pub struct Fake {
     metrics: RefCell<BTreeMap<String, u64>>,
     failing: RefCell<BTreeMap<&'static str, u32>>,
     tokens: Cell<u32>,
+    passed: Cell<Duration>,
 }
 
 impl Fake {
@@ -102,6 +103,11 @@ impl Fake {
     /// From now on this call fails with this status.
     pub fn fail(&self, call: &'static str, status: u32) {
         self.failing.borrow_mut().insert(call, status);
+    }
+
+    /// Lets time pass.
+    pub fn pass(&self, time: Duration) {
+        self.passed.set(self.passed.get() + time);
     }
 
     /// No call fails any more.
@@ -173,7 +179,7 @@ impl Host for Fake {
     }
 
     fn now(&self) -> Result<Duration> {
-        self.may("now").map(|()| Duration::from_secs(1_700_000_000))
+        self.may("now").map(|()| Duration::from_secs(1_700_000_000) + self.passed.get())
     }
 
     fn set_tick(&self, period: u32) -> Result {

@@ -9,7 +9,7 @@ use super::{choose, speaks_http2, towards};
 use crate::{
     body::RequestBody,
     exec,
-    headers::authority_parts,
+    headers::{Retries, authority_parts},
     replay::Held,
     upstream::{Wanted, http},
     vm::RequestHead,
@@ -39,7 +39,7 @@ pub(super) fn start(
             let wanted = Wanted { destination: None, host, port, hash: None, client: None };
             let http2 = speaks_http2(&cluster, client);
             let Ok((method, uri, headers)) = towards(head, http2) else { return };
-            let Ok(endpoint) = choose(&worker, &cluster, &wanted, &[]).await else { return };
+            let Ok(endpoint) = choose(&worker, &cluster, &wanted, &[], Retries::default()).await else { return };
             let mut request = Request::new(RequestBody::Copy(body));
             *request.method_mut() = method;
             *request.uri_mut() = uri;

@@ -4,10 +4,14 @@ use std::time::Duration;
 
 use ::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
+use crate::headers::Retries;
+
 /// Retries of Istio's default policy.
 const RETRIES: u32 = 2;
-/// Envoy's base interval between retries, and the longest that it grows to.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(250));
+/// Milliseconds of Envoy's first interval between retries.
+const BASE: u32 = 25;
+/// An interval grows to this many times the first.
+const GROWTH: u32 = 10;
 /// A delay is never longer than this, whoever asks for it.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
@@ -93,22 +97,26 @@ pub struct Policy {
     pub retries: u32,
     /// Attempts after the first may follow a request that has been sent.
     pub repeats: bool,
+    /// When and where it is tried again.
+    pub manner: Retries,
     on: Conditions,
     codes: Vec<StatusCode>,
     headers: Vec<HeaderName>,
 }
 
 impl Policy {
-    /// Takes what the headers say out of them; `grpc`: the request is a gRPC call; `own`: they are all that is said of
-    /// retries, and Istio's default policy does not hold.
+    /// Takes what the headers say out of them; `grpc`: the request is a gRPC call; `manner`: whether they are all
+    /// that is said of retries, or Istio's default policy holds too, and how it is retried.
     #[must_use]
-    pub fn take(headers: &mut HeaderMap, grpc: bool, own: bool) -> Self {
+    pub fn take(headers: &mut HeaderMap, grpc: bool, manner: Retries) -> Self {
+        let own = manner.own;
         let mut policy = Self {
             timeout: None,
             per_try: None,
             no_content: false,
             retries: if own { 1 } else { RETRIES },
             repeats: grpc,
+            manner,
             on: if own { Conditions(0) } else { Conditions::ISTIO },
             codes: Vec::new(),
             headers: Vec::new(),
@@ -200,9 +208,14 @@ impl Policy {
 }
 
 /// Waits before the retry of this number, from 1 on.
-pub async fn back_off(retry: u32) {
-    let longest = BACKOFF.0 * ((1 << retry.min(8)) - 1);
-    tokio::time::sleep(longest.min(BACKOFF.1).mul_f64(fastrand::f64())).await;
+pub async fn back_off(retry: u32, base_ms: Option<u32>) {
+    tokio::time::sleep(longest(retry, base_ms).mul_f64(fastrand::f64())).await;
+}
+
+/// The longest wait (Envoy's `JitteredExponentialBackOffStrategy`): it doubles, to ten times the first.
+fn longest(retry: u32, base_ms: Option<u32>) -> Duration {
+    let times = 1u32.checked_shl(retry.saturating_sub(1)).unwrap_or(GROWTH).min(GROWTH);
+    Duration::from_millis(base_ms.unwrap_or(BASE).max(1).into()) * times
 }
 
 /// Whether the filter orders a fault. One look at all names costs less than one look for each.
@@ -248,7 +261,7 @@ mod tests {
     #[test]
     fn an_applications_timeout_is_taken_and_announced() {
         let mut headers = headers(&[("x-envoy-upstream-rq-timeout-ms", "250"), ("x-envoy-retry-on", "5xx")]);
-        let policy = Policy::take(&mut headers, false, false);
+        let policy = Policy::take(&mut headers, false, Retries::default());
         assert_eq!((policy.timeout, policy.retries), (Some(Duration::from_millis(250)), RETRIES));
         assert_eq!(headers.len(), 1);
         assert_eq!(headers[EXPECTED], "250");
@@ -261,7 +274,7 @@ mod tests {
                 ("x-envoy-upstream-rq-timeout-ms", whole),
                 ("x-envoy-upstream-rq-per-try-timeout-ms", attempt),
             ]);
-            let policy = Policy::take(&mut headers, false, false);
+            let policy = Policy::take(&mut headers, false, Retries::default());
             assert_eq!(headers[EXPECTED], expected);
             assert_eq!(policy.per_try.is_some(), attempt == expected && whole != attempt, "{whole} {attempt}");
         }
@@ -270,7 +283,7 @@ mod tests {
     #[test]
     fn each_condition_asks_for_its_own_responses() {
         let asked = |on: &'static str, more: (&'static str, &'static str), answer: Response<()>| {
-            Policy::take(&mut headers(&[("x-envoy-retry-on", on), more]), false, false).rejects(&answer)
+            Policy::take(&mut headers(&[("x-envoy-retry-on", on), more]), false, Retries::default()).rejects(&answer)
         };
         let none = ("x-other", "1");
         assert!(asked("5xx", none, response(500, None)));
@@ -292,7 +305,8 @@ mod tests {
     #[test]
     fn each_condition_asks_for_its_own_endings() {
         let asked = |on: &'static str, ended, begun| {
-            Policy::take(&mut headers(&[("x-envoy-retry-on", on)]), false, false).retries_after(ended, begun)
+            Policy::take(&mut headers(&[("x-envoy-retry-on", on)]), false, Retries::default())
+                .retries_after(ended, begun)
         };
         assert!(asked("reset", Ended::Reset, true));
         assert!(asked("5xx", Ended::Timeout, true));
@@ -305,13 +319,22 @@ mod tests {
 
     #[test]
     fn conditions_of_its_own_are_all_that_there_are() {
-        let take = |pairs: &[(&'static str, &'static str)]| Policy::take(&mut headers(pairs), false, true);
+        let take = |pairs: &[(&'static str, &'static str)]| {
+            Policy::take(&mut headers(pairs), false, Retries { own: true, ..Retries::default() })
+        };
         let own = take(&[("x-envoy-retry-on", "retriable-4xx"), ("x-envoy-max-retries", "4")]);
         assert!(own.rejects(&response(409, None)) && !own.retries_after(Ended::Connect, false));
         assert_eq!(own.retries, 4);
         let none = take(&[]);
         assert!(!none.retries_after(Ended::Connect, false) && !none.retries_after(Ended::Refused, false));
         assert_eq!(take(&[("x-envoy-retry-on", "5xx")]).retries, 1, "Envoy's own number");
+    }
+
+    #[test]
+    fn intervals_double_to_ten_times_the_first() {
+        let millis = |base| [1, 2, 3, 4, 5, 40].map(|retry| longest(retry, base).as_millis());
+        assert_eq!(millis(None), [25, 50, 100, 200, 250, 250]);
+        assert_eq!(millis(Some(3)), [3, 6, 12, 24, 30, 30]);
     }
 
     #[test]

@@ -228,6 +228,20 @@ impl Cluster {
         self.known.set((version, back));
     }
 
+    /// The endpoints of other priorities than those that were tried, after every second attempt (Envoy's
+    /// `previous_priorities`); `None` where the usual choice holds.
+    #[must_use]
+    pub fn elsewhere(&self, tried: &[Rc<Endpoint>]) -> Option<Balancer<Endpoint>> {
+        let counted = tried.len() / 2 * 2;
+        let left_out: Vec<u32> = tried.get(..counted)?.iter().map(|endpoint| endpoint.priority).collect();
+        let now = if self.spec.options.ejection.is_some() { self.spec.shared.now() } else { 0 };
+        let well = |endpoint: &Endpoint| endpoint.health.as_ref().is_none_or(|health| !health.is_ejected(now));
+        let others = self.endpoints.iter().filter(|endpoint| !left_out.contains(&endpoint.priority));
+        let others: Vec<Rc<Endpoint>> = others.cloned().collect();
+        let usable = counted > 0 && others.iter().any(|endpoint| well(endpoint));
+        usable.then(|| Balancer::new(rules(&self.spec), &others, well))
+    }
+
     fn pick(&self, hash: Option<(u64, u32)>) -> Option<Rc<Endpoint>> {
         if self.spec.options.ejection.is_some() {
             let (version, back) = self.known.get();
