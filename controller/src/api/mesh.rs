@@ -125,7 +125,7 @@ fn selector(node: &Node, path: &Path<'_>, issues: &mut Vec<Issue>) -> LabelSelec
             let key = decode::string(fields.take("key"), &path.field("key"), issues);
             let operator = decode::string(fields.take("operator"), &path.field("operator"), issues);
             let values = decode::strings(fields.take("values"), &path.field("values"), issues);
-            fields.finish(path, issues);
+            known(node, &["key", "operator", "values"], path, issues);
             requirement(&key, &values, path, issues);
             let some = matches!(operator.as_str(), "In" | "NotIn");
             if some && values.is_empty() {
@@ -150,8 +150,17 @@ fn selector(node: &Node, path: &Path<'_>, issues: &mut Vec<Issue>) -> LabelSelec
             };
             (key, operator)
         });
-    fields.finish(path, issues);
+    known(node, &["matchLabels", "matchExpressions"], path, issues);
     LabelSelector { labels, expressions }
+}
+
+/// Refuses what is none of these fields: passed over, a misspelt `matchLabels` would ask for nothing and choose everything.
+fn known(node: &Node, names: &[&str], path: &Path<'_>, issues: &mut Vec<Issue>) {
+    let Value::Map(fields) = &node.value else { return };
+    for field in fields.iter().filter(|field| !names.contains(&field.key.as_str())) {
+        let message = format!("unknown field, expected one of {}", names.join(", "));
+        issues.push(Issue::refused("unknown-field", path.field(&field.key), message));
+    }
 }
 
 /// What of a requirement holds for every operator.
@@ -230,6 +239,11 @@ mod tests {
         for (selector, field) in [
             ("matchLabels: {a b: c}", "discoverySelectors[0].matchLabels.a b"),
             ("matchLabels: {a: b c}", "discoverySelectors[0].matchLabels.a"),
+            ("matchLabel: {a: b}", "discoverySelectors[0].matchLabel"),
+            (
+                "matchExpressions: [{key: a, operator: Exists, value: b}]",
+                "discoverySelectors[0].matchExpressions[0].value",
+            ),
             ("matchExpressions: [{operator: Exists}]", "discoverySelectors[0].matchExpressions[0]"),
             ("matchExpressions: [{key: a}]", "discoverySelectors[0].matchExpressions[0].operator"),
             ("matchExpressions: [{key: a, operator: in}]", "discoverySelectors[0].matchExpressions[0].operator"),
