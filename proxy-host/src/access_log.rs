@@ -18,6 +18,8 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::{
+    flags,
+    listener::guard::{Control, End},
     stats::{Ending, Recorder, WorkerStats},
     upstream::cluster::Address,
 };
@@ -296,6 +298,8 @@ pub struct Entry {
     pub reason: Option<String>,
     /// The rule and the entry that decided, by the filter's own account.
     pub decision: Option<String>,
+    /// The connection of a request; over HTTP/2?
+    pub client: Option<(Arc<Control>, bool)>,
 }
 
 /// An entry in JSON: Istio's names, in alphabetical order.
@@ -354,6 +358,7 @@ impl Entry {
             cluster: None,
             reason: None,
             decision: None,
+            client: None,
         }
     }
 
@@ -361,6 +366,20 @@ impl Entry {
     #[must_use]
     pub fn elapsed(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    /// The request is over before its answer was through: says why in Envoy's words, where nothing does so yet.
+    pub fn broke_off(&mut self) {
+        let Some((control, http2)) = self.client.take().filter(|_| self.reason.is_none()) else { return };
+        let (flag, details) = match control.end() {
+            _ if let Some(refusal) = control.broken() => ("DPE", refusal.details),
+            End::Gone => ("DC", "downstream_remote_disconnect"),
+            End::Broken => ("DPE", "codec_error"),
+            End::Open if http2 => ("DR", "http2.remote_reset"),
+            End::Open | End::Stopped => ("DC", "downstream_local_disconnect"),
+        };
+        self.flags = flags::join(self.flags, flag);
+        self.reason = Some(details.into());
     }
 
     fn start(&self) -> SystemTime {
@@ -466,6 +485,9 @@ fn push(line: &mut String, value: Option<&str>) {
 impl Drop for Entry {
     fn drop(&mut self) {
         if let Some(log) = self.log.take() {
+            if self.status == 0 {
+                self.broke_off();
+            }
             log.0.ended(self);
         }
     }

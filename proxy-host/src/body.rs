@@ -15,7 +15,12 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::{sync::Notify, task::AbortHandle};
 
-use crate::{access_log::Entry, exec, flags, idle, replay, router::Deadline, upstream::http::Lease};
+use crate::{
+    access_log::Entry,
+    exec, flags, idle, replay,
+    router::{self, Deadline},
+    upstream::http::Lease,
+};
 
 /// Why a body does not go on.
 #[derive(Debug, thiserror::Error)]
@@ -184,6 +189,8 @@ pub struct ResponseBody {
     source: Source,
     received: Rc<Received>,
     entry: Box<Entry>,
+    /// All of it has been taken.
+    through: bool,
     idle: Option<Pin<Box<dyn Future<Output = ()>>>>,
     unread: Option<Unread>,
     /// What lives as long as the stream.
@@ -220,7 +227,7 @@ impl ResponseBody {
     #[must_use]
     pub fn local(body: Bytes, received: Rc<Received>, entry: Box<Entry>) -> Self {
         let source = Source::Local((!body.is_empty()).then_some(body));
-        Self { source, received, entry, idle: None, unread: None, held: None }
+        Self { source, received, entry, through: false, idle: None, unread: None, held: None }
     }
 
     /// No body, and no line in the access log: another task writes it.
@@ -230,6 +237,7 @@ impl ResponseBody {
             source: Source::Local(None),
             received,
             entry: Box::new(Entry::silent()),
+            through: false,
             idle: None,
             unread: None,
             held: None,
@@ -247,7 +255,7 @@ impl ResponseBody {
     ) -> Self {
         let mut source = Source::Upstream(body, Some(lease), deadline);
         source.finish_at_end(&received);
-        Self { source, received, entry, idle: None, unread: None, held: None }
+        Self { source, received, entry, through: false, idle: None, unread: None, held: None }
     }
 
     /// Keeps this for as long as the stream goes on.
@@ -321,10 +329,11 @@ impl Body for ResponseBody {
                 received.touch();
                 match &frame {
                     None => finish(lease, &received),
-                    Some(Err(_)) => {
+                    Some(Err(error)) => {
                         lease.take();
-                        // Envoy's flag for an upstream that ends in the middle.
-                        self.entry.flags = flags::join(self.entry.flags, "UC");
+                        let (flag, details) = router::cut(error);
+                        self.entry.flags = flags::join(self.entry.flags, flag);
+                        self.entry.reason = Some(details);
                     }
                     Some(Ok(_)) => {}
                 }
@@ -335,6 +344,8 @@ impl Body for ResponseBody {
             self.entry.sent += data.remaining() as u64;
         }
         self.source.finish_at_end(&received);
+        let last = frame.as_ref().is_none_or(|frame| frame.as_ref().is_ok_and(Frame::is_trailers));
+        self.through |= last || self.is_end_stream();
         Poll::Ready(frame)
     }
 
@@ -363,5 +374,9 @@ impl Drop for ResponseBody {
             }
         }
         self.entry.received = self.received.bytes();
+        // Where its length is told beforehand, nobody asks for the end.
+        if !self.through && !self.is_end_stream() && self.size_hint().exact() != Some(0) {
+            self.entry.broke_off();
+        }
     }
 }

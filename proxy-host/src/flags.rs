@@ -3,8 +3,10 @@
 use std::cell::RefCell;
 
 /// Flags in the order in which Envoy writes them.
-const ORDER: [&str; 18] =
-    ["UH", "UT", "LR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "DC", "URX", "SI", "DPE", "UPE", "NC", "DT", "DF"];
+const ORDER: [&str; 20] = [
+    "UH", "UT", "LR", "UR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "DC", "URX", "SI", "DPE", "DT", "UPE", "NC",
+    "DF", "DR",
+];
 
 thread_local! {
     /// The combinations met on this thread; there are few, and they are never given back.

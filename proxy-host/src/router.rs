@@ -12,7 +12,7 @@ use hyper::body::{Body as _, Incoming};
 
 use self::policy::{Ended, back_off};
 pub use self::{
-    failure::{Failure, Tries},
+    failure::{Failure, Tries, cut},
     policy::{Policy, abort, delay, has_fault},
 };
 use crate::{
@@ -293,6 +293,7 @@ impl Way<'_> {
         loop {
             let chosen = choose(self.worker, self.cluster, self.wanted, &tried, policy.manner).await;
             let endpoint = progress.endpoint.insert(chosen.map_err(Failure::Choose)?).clone();
+            entry.upstream = endpoint.address().cloned();
             let Some(mut request) = source.next() else { return Err(Failure::Filter) };
             request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
             if let Some(control) = self.expects.clone() {
@@ -347,7 +348,10 @@ impl Way<'_> {
         match error {
             SendError::Reset { error, address } => {
                 entry.upstream = Some(address);
-                self.cluster.note(endpoint, Outcome::Broken);
+                // Where the client's body broke off, the upstream is not to blame.
+                if !error.is_user() {
+                    self.cluster.note(endpoint, Outcome::Broken);
+                }
                 let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
                 (!again(source, ended, true)).then(|| Failure::Reset(error, progress.tries))
             }

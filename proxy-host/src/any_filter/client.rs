@@ -93,9 +93,14 @@ impl Failure {
             Self::NoEndpoint => "no_healthy_upstream".into(),
             Self::Timeout => "response_timeout".into(),
             Self::Idle { .. } => "stream_idle_timeout".into(),
-            Self::Connect(_) | Self::ConnectTimeout => {
-                "upstream_reset_before_response_started{connection_failure}".into()
+            Self::Connect(error) => {
+                let text = error.to_string();
+                let text = text.split_once(" (os error").map_or(&*text, |(text, _)| text).replace(' ', "_");
+                format!(
+                    "upstream_reset_before_response_started{{remote_connection_failure|delayed_connect_error:_{text}}}"
+                )
             }
+            Self::ConnectTimeout => "upstream_reset_before_response_started{connection_timeout}".into(),
             Self::Reset(error) => {
                 format!("upstream_reset_before_response_started{{{}}}", reset_reason(error).replace(' ', "_"))
             }

@@ -5,6 +5,7 @@ use std::{
     future::Future as _,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -14,7 +15,11 @@ use tokio::{
     time::Sleep,
 };
 
-use super::{frames::Frames, rewind::Rewind};
+use super::{
+    frames::Frames,
+    guard::{Control, End},
+    rewind::Rewind,
+};
 
 /// Frames of one connection that are taken before others have their turn.
 const TURN: usize = 256;
@@ -27,6 +32,7 @@ const CALM: u32 = 11;
 #[derive(Debug)]
 pub struct Calm {
     inner: Rewind,
+    control: Arc<Control>,
     frames: Frames,
     /// Frames since the connection last waited.
     turn: usize,
@@ -37,10 +43,10 @@ pub struct Calm {
 }
 
 impl Calm {
-    /// Watches a connection, from its preface on. `header_time`: zero for no limit.
+    /// Watches a connection, from its preface on; `control` is told how it ends. `header_time`: zero for no limit.
     #[must_use]
-    pub fn new(inner: Rewind, header_time: Duration) -> Self {
-        Self { inner, frames: Frames::new(Instant::now()), turn: 0, header_time, deadline: None, left: false }
+    pub fn new(inner: Rewind, control: Arc<Control>, header_time: Duration) -> Self {
+        Self { inner, control, frames: Frames::new(Instant::now()), turn: 0, header_time, deadline: None, left: false }
     }
 
     /// Holds a connection that ended by a flood, unread, so that its client gets to know why.
@@ -54,6 +60,7 @@ impl Calm {
 
     fn leave(&mut self, cx: &mut Context<'_>, why: &str) -> io::Error {
         self.left = true;
+        self.control.ends(End::Broken);
         if self.frames.may_write() {
             let length = u32::try_from(8 + why.len()).unwrap_or(8).to_be_bytes();
             let last = self.frames.newest().to_be_bytes();
@@ -86,7 +93,12 @@ impl AsyncRead for Calm {
         }
         let before = buf.filled().len();
         match Pin::new(&mut this.inner).poll_read(cx, buf) {
-            Poll::Ready(read) => read?,
+            Poll::Ready(read) => {
+                if read.is_err() || buf.filled().len() == before {
+                    this.control.ends(End::Gone);
+                }
+                read?;
+            }
             Poll::Pending => {
                 this.turn = 0;
                 return if this.is_late(cx) {

@@ -74,11 +74,27 @@ pub struct Control {
     reader: AtomicWaker,
     /// The connection is to be taken out of hyper, where it waits for a request.
     park: AtomicBool,
+    /// How the connection ends: [`End`], in order.
+    end: AtomicU8,
     parked: Mutex<Option<Rewind>>,
 }
 
 /// What hyper writes by itself when a body is asked for.
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// How a connection that has requests under way ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum End {
+    /// It goes on: one of its streams may end alone.
+    Open,
+    /// The process is to end.
+    Stopped,
+    /// What the client sent ends it.
+    Broken,
+    /// The client closed it.
+    Gone,
+}
 
 const UPGRADED: u8 = 1;
 const NOT_UPGRADED: u8 = 2;
@@ -111,6 +127,22 @@ impl Control {
     #[must_use]
     pub fn take_parked(&self) -> Option<Rewind> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The connection ends, for the strongest of the reasons that there are.
+    pub fn ends(&self, end: End) {
+        self.end.fetch_max(end as u8, Relaxed);
+    }
+
+    /// How it ends.
+    #[must_use]
+    pub fn end(&self) -> End {
+        match self.end.load(Relaxed) {
+            0 => End::Open,
+            1 => End::Stopped,
+            2 => End::Broken,
+            _ => End::Gone,
+        }
     }
 
     /// Why the body under way ended early, where the client is at fault.
@@ -171,7 +203,23 @@ impl Guard {
 
     fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // The end, where it is parked.
-        self.inner.as_mut().map_or(Poll::Ready(Ok(())), |inner| Pin::new(inner).poll_read(cx, buf))
+        let Some(inner) = &mut self.inner else { return Poll::Ready(Ok(())) };
+        let before = buf.filled().len();
+        let read = Pin::new(inner).poll_read(cx, buf);
+        if let Poll::Ready(read) = &read
+            && (read.is_err() || buf.filled().len() == before)
+        {
+            self.control.ends(End::Gone);
+        }
+        read
+    }
+
+    fn wrote(&mut self, wrote: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.writing = wrote.is_pending();
+        if let Poll::Ready(Err(_)) = &wrote {
+            self.control.ends(End::Gone);
+        }
+        wrote
     }
 
     /// Takes the connection out, where that is asked for and nothing of it is under way.
@@ -364,8 +412,7 @@ impl AsyncWrite for Guard {
         ready!(self.poll_go_on(cx))?;
         let this = &mut *self;
         let wrote = Pin::new(this.inner.as_mut().ok_or_else(gone)?).poll_write(cx, buf);
-        this.writing = wrote.is_pending();
-        wrote
+        this.wrote(wrote)
     }
 
     fn poll_write_vectored(
@@ -380,8 +427,7 @@ impl AsyncWrite for Guard {
         ready!(self.poll_go_on(cx))?;
         let this = &mut *self;
         let wrote = Pin::new(this.inner.as_mut().ok_or_else(gone)?).poll_write_vectored(cx, bufs);
-        this.writing = wrote.is_pending();
-        wrote
+        this.wrote(wrote)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,6 +1,6 @@
 //! Requests: the filter names a cluster in a header, the one route goes by it, and bodies stream through.
 
-use std::{borrow::Cow, cell::Cell, pin::pin, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::Cell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use ::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -10,12 +10,13 @@ use bytes::Bytes;
 use hyper::{
     body::{Body as _, Incoming},
     service::service_fn,
+    upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
 
 use super::{
     Open,
-    guard::{self, Control},
+    guard::{self, Control, End},
     rewind::Rewind,
     server::{self, HttpLimits},
     strict::Refusal,
@@ -99,9 +100,11 @@ async fn answer(
 ) -> Result<Response<ResponseBody>, Reset> {
     let connection = &from.connection;
     from.requests.set(from.requests.get() + 1);
+    let mut entry = Box::new(Entry::new(&worker.log));
+    entry.client = Some((from.control.clone(), request.version() == Version::HTTP_2));
     let mut exchange = Exchange {
         from: from.clone(),
-        entry: Box::new(Entry::new(&worker.log)),
+        entry,
         received: Rc::default(),
         grpc: headers::is_grpc(request.headers()),
         stream: None,
@@ -121,7 +124,10 @@ async fn answer(
             exchange.entry.decision = decision;
             return Ok(exchange.local(*response));
         }
-        HttpVerdict::Reset => return Err(Reset),
+        HttpVerdict::Reset => {
+            exchange.entry.reason = Some("portolan_filter_reset".into());
+            return Err(Reset);
+        }
         HttpVerdict::Failed => {
             exchange.entry.reason = Some("portolan_filter_failed".into());
             let body = Bytes::from_static(b"portolan: the filter failed\n");
@@ -176,6 +182,8 @@ async fn answer(
                 exchange.entry.reason = Some(details.into());
                 Ok(exchange.refuse_text(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), "DPE"))
             }
+            // The client left in the middle of its request: there is nobody to be answered.
+            None if from.control.end() == End::Gone && !exchange.received.is_whole() => Err(Reset),
             None => Ok(Box::pin(exchange.shown(|e| e.failed(&failure))).await),
         },
     }
@@ -303,16 +311,9 @@ impl Exchange {
         let time = self.entry.elapsed();
         self.entry.service_time = Some(time);
         let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let mut ends = None;
         if upgraded && let Some(client) = upgrade {
-            let upstream = hyper::upgrade::on(&mut response);
-            let open = self.from.open.clone();
-            exec::spawn(async move {
-                let _held = open;
-                if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
-                    // Either side may end it as it likes.
-                    let _ = idle::copy(TokioIo::new(client), TokioIo::new(upstream), idle).await;
-                }
-            });
+            ends = Some((client, hyper::upgrade::on(&mut response)));
         } else {
             headers::remove_hop_by_hop(response.headers_mut());
         }
@@ -329,7 +330,15 @@ impl Exchange {
             Err(None) => return Err((self, Failure::Filter)),
         };
         self.entry.status = head.status.as_u16();
-        let body = ResponseBody::upstream(body, lease, deadline, self.received, self.entry).limited(idle);
+        let body = match ends {
+            None => ResponseBody::upstream(body, lease, deadline, self.received, self.entry).limited(idle),
+            Some((client, upstream)) => {
+                let held = (self.from.open.clone(), lease);
+                exec::spawn(both_ways(client, upstream, idle, self.entry, held));
+                // Its line is written at the end of the connection.
+                ResponseBody::silent(self.received)
+            }
+        };
         let mut response = Response::new(body.holding(self.from));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
@@ -359,11 +368,7 @@ impl Exchange {
             let mut entry = entry;
             let _held = (stream, active, open);
             let Ok(client) = client.await else { return };
-            match idle::copy(TokioIo::new(client), upstream, idle).await {
-                Copied::Whole(received, sent) => (entry.received, entry.sent) = (received, sent),
-                Copied::Idle(..) => (entry.flags, entry.reason) = ("SI", Some("stream_idle_timeout".into())),
-                Copied::Broken => {}
-            }
+            note(idle::copy(TokioIo::new(client), upstream, idle).await, &mut entry);
         });
         // The tunnel's line is written at its end, by its task.
         Ok(Response::new(ResponseBody::silent(received)))
@@ -454,6 +459,22 @@ impl Exchange {
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response
+    }
+}
+
+/// Carries the bytes of an upgraded connection; `_held` lives as long.
+async fn both_ways(client: OnUpgrade, upstream: OnUpgrade, idle: Duration, mut entry: Box<Entry>, _held: impl Sized) {
+    if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
+        note(idle::copy(TokioIo::new(client), TokioIo::new(upstream), idle).await, &mut entry);
+    }
+}
+
+/// Notes how a connection that is no longer HTTP ended.
+fn note(copied: Copied, entry: &mut Entry) {
+    match copied {
+        Copied::Whole(received, sent) => (entry.received, entry.sent) = (received, sent),
+        Copied::Idle(..) => (entry.flags, entry.reason) = ("SI", Some("stream_idle_timeout".into())),
+        Copied::Broken => {}
     }
 }
 

@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    guard::{Control, Guard},
+    guard::{Control, End, Guard},
     rewind::Rewind,
     server::{self, HttpLimits},
 };
@@ -111,6 +111,7 @@ where
         match event.await {
             Event::Over => return control.take_parked().map(|parked| (parked, since)),
             Event::Stop => {
+                control.ends(End::Stopped);
                 serving.as_mut().graceful_shutdown();
                 server::last(serving, false, look).await;
                 return None;

@@ -19,7 +19,12 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
-use super::{calm::Calm, guard::Control, keep_alive, rewind::Rewind};
+use super::{
+    calm::Calm,
+    guard::{Control, End},
+    keep_alive,
+    rewind::Rewind,
+};
 use crate::{exec::StreamExec, idle};
 
 /// Connections that are told to end for want of requests get this long (Envoy's `drain_timeout`).
@@ -81,7 +86,7 @@ pub async fn serve<S, B>(
 {
     if http2 {
         // In a box, so that connections of the other version have no room for it.
-        Box::pin(serve_http2(client, limits, stop, service, look)).await;
+        Box::pin(serve_http2(client, limits, stop, control, service, look)).await;
     } else {
         keep_alive::serve(client, limits, stop, control, service, look).await;
     }
@@ -91,6 +96,7 @@ async fn serve_http2<S, B>(
     client: Rewind,
     limits: HttpLimits,
     mut stop: watch::Receiver<bool>,
+    control: Arc<Control>,
     service: S,
     look: impl Fn() -> Option<u64>,
 ) where
@@ -101,7 +107,7 @@ async fn serve_http2<S, B>(
     B::Error: Into<Box<dyn Error + Send + Sync>>,
     StreamExec: Http2ServerConnExec<S::Future, B>,
 {
-    let mut calm = Calm::new(client, limits.header_time);
+    let mut calm = Calm::new(client, control.clone(), limits.header_time);
     {
         let mut builder = http2::Builder::new(StreamExec { endable: !limits.stream_idle.is_zero() });
         builder
@@ -113,6 +119,9 @@ async fn serve_http2<S, B>(
             // How a connection ends is told by its requests.
             _ = serving.as_mut() => {}
             idle = over(&mut stop, limits.connection_idle, &look) => {
+                if !idle {
+                    control.ends(End::Stopped);
+                }
                 serving.as_mut().graceful_shutdown();
                 last(serving, idle, &look).await;
             }

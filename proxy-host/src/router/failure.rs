@@ -1,10 +1,12 @@
 //! Why a request has no response, in Envoy's words.
 
+use std::{error::Error as _, io};
+
 use ::http::StatusCode;
 
 use crate::{
     flags,
-    upstream::{ChooseError, connect::ConnectError},
+    upstream::{ChooseError, connect::ConnectError, http},
 };
 
 /// What has been tried before the failure that is told.
@@ -66,8 +68,7 @@ impl Failure {
             Self::Choose(ChooseError::Resolve(_)) => "DF",
             Self::Connect(_, tries) => flags::join("UF", tries.flag),
             Self::Overflow(tries) => flags::join("UO", tries.flag),
-            Self::Reset(error, tries) if error.is_parse() => flags::join("UPE", tries.flag),
-            Self::Reset(_, tries) => flags::join("UC", tries.flag),
+            Self::Reset(error, tries) => flags::join(reset(error).0, tries.flag),
             Self::Timeout { tries, .. } => flags::join("UT", tries.flag),
             Self::Idle { .. } => "SI",
             Self::Filter => "",
@@ -77,17 +78,16 @@ impl Failure {
     /// Body for the client.
     #[must_use]
     pub fn body(&self) -> String {
-        let before = |reason: &dyn std::fmt::Display, tries: &Tries| {
+        let before = |reason: &str, tries: &Tries| {
             let again = if tries.retried { "retried and the latest " } else { "" };
             format!("upstream connect error or disconnect/reset before headers. {again}reset reason: {reason}")
         };
         match self {
             Self::Choose(ChooseError::NoEndpoint) => "no healthy upstream".into(),
             Self::Choose(ChooseError::Resolve(_)) => "DNS resolution failure".into(),
-            Self::Connect(error, tries) => before(error, tries),
-            Self::Overflow(tries) => before(&"overflow", tries),
-            Self::Reset(error, tries) if error.is_parse() => before(&"protocol error", tries),
-            Self::Reset(_, tries) => before(&"connection termination", tries),
+            Self::Connect(error, tries) => before(error.reason(), tries),
+            Self::Overflow(tries) => before("overflow", tries),
+            Self::Reset(error, tries) => before(reset(error).1, tries),
             Self::Timeout { no_content: true, .. } => String::new(),
             Self::Timeout { .. } => "upstream request timeout".into(),
             Self::Idle { .. } => "stream timeout".into(),
@@ -101,13 +101,50 @@ impl Failure {
         match self {
             Self::Choose(ChooseError::NoEndpoint) => "no_healthy_upstream".into(),
             Self::Choose(ChooseError::Resolve(error)) => format!("dns_resolution_failure{{{error}}}"),
-            Self::Connect(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
-            Self::Overflow(_) => "upstream_reset_before_response_started{overflow}".into(),
-            Self::Reset(error, _) => format!("upstream_reset_before_response_started{{{error}}}"),
+            Self::Connect(error, _) => details("before", &error.details()),
+            Self::Overflow(_) => details("before", "overflow"),
+            Self::Reset(error, _) => details("before", reset(error).1),
             Self::Timeout { attempt: true, .. } => "upstream_per_try_timeout".into(),
             Self::Timeout { .. } => "response_timeout".into(),
             Self::Idle { .. } => "stream_idle_timeout".into(),
             Self::Filter => "portolan_filter_failed".into(),
         }
     }
+}
+
+/// Details hold no white space, as in Envoy.
+fn details(when: &str, reason: &str) -> String {
+    format!("upstream_reset_{when}_response_started{{{}}}", reason.replace(char::is_whitespace, "_"))
+}
+
+/// Flag and reason of an upstream's connection or stream that ended before its answer.
+fn reset(error: &hyper::Error) -> (&'static str, &'static str) {
+    if error.is_parse() {
+        return ("UPE", "protocol error");
+    }
+    let of_stream = http::h2(error).filter(|error| error.is_reset() && error.is_remote());
+    match of_stream.and_then(h2::Error::reason) {
+        Some(h2::Reason::REFUSED_STREAM) => ("UR", "remote refused stream reset"),
+        Some(_) => ("UR", "remote reset"),
+        None => ("UC", "connection termination"),
+    }
+}
+
+/// Flag and response code details of an answer that ended in its middle.
+#[must_use]
+pub fn cut(error: &hyper::Error) -> (&'static str, String) {
+    let mut source = error.source();
+    let mut kind = None;
+    while let Some(error) = source {
+        kind = kind.or_else(|| error.downcast_ref::<io::Error>().map(io::Error::kind));
+        source = error.source();
+    }
+    let (flag, reason) = match kind {
+        // In HTTP/1.1 it is less than was announced, or no chunk.
+        Some(io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput) => {
+            ("UPE", "protocol error")
+        }
+        _ => reset(error),
+    };
+    (flag, details("after", reason))
 }

@@ -47,6 +47,32 @@ pub enum ConnectError {
     Timeout,
 }
 
+impl ConnectError {
+    /// What a client is told. As in Envoy, what lies below is for the log alone.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Io(_) | Self::Tls(_) => "remote connection failure",
+            Self::Overflow => "overflow",
+            Self::Timeout => "connection timeout",
+        }
+    }
+
+    /// The reason as Envoy has it in its response code details: with what lies below.
+    #[must_use]
+    pub fn details(&self) -> String {
+        match self {
+            Self::Io(error) => {
+                let text = error.to_string();
+                let text = text.split_once(" (os error").map_or(&*text, |(text, _)| text);
+                format!("{}|delayed connect error: {text}", self.reason())
+            }
+            Self::Tls(error) => format!("{}|TLS_error:|{error}:TLS_error_end", self.reason()),
+            Self::Overflow | Self::Timeout => self.reason().to_owned(),
+        }
+    }
+}
+
 /// Connects to the first of the addresses that answers, in order, all within one timeout; `apart` is what the
 /// connection is for; `first`: the limit of connections does not matter.
 ///

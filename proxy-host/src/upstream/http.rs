@@ -146,14 +146,20 @@ async fn in_time<T>(limit: Option<&Limit>, sending: impl Future<Output = T>) -> 
 /// Whether the server said that it has done nothing about the request.
 #[must_use]
 pub fn is_refused(error: &hyper::Error) -> bool {
+    h2(error).is_some_and(|error| error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}
+
+/// The error of HTTP/2 that is at the bottom of it.
+#[must_use]
+pub fn h2(error: &hyper::Error) -> Option<&h2::Error> {
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
         if let Some(h2) = error.downcast_ref::<h2::Error>() {
-            return h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+            return Some(h2);
         }
         source = error.source();
     }
-    false
+    None
 }
 
 /// Sends the request over a kept or a new connection.
