@@ -287,7 +287,7 @@ fn redirected(redirect: &Redirect, request: &Headers<'_>, path: Option<&[u8]>) -
     let mut location = [scheme, b"://"].concat();
     if redirect.authority.is_empty() {
         let authority = said(":authority");
-        location.extend_from_slice(host_of(&authority, scheme, &said("x-forwarded-proto"), redirect.port != 0));
+        location.extend_from_slice(host_of(&authority, scheme, &said("x-forwarded-proto"), redirect));
     } else {
         location.extend_from_slice(redirect.authority.as_bytes());
     }
@@ -311,10 +311,10 @@ fn redirected(redirect: &Redirect, request: &Headers<'_>, path: Option<&[u8]>) -
 }
 
 /// The authority without a port that the redirect replaces or that only suited the other scheme.
-fn host_of<'a>(authority: &'a [u8], scheme: &[u8], was: &[u8], new_port: bool) -> &'a [u8] {
+fn host_of<'a>(authority: &'a [u8], scheme: &[u8], was: &[u8], redirect: &Redirect) -> &'a [u8] {
     let (host, port) = authority::split(authority);
     let default = matches!((was, port), (b"https", Some(443)) | (b"http", Some(80)));
-    if new_port || scheme != was && default { host } else { authority }
+    if redirect.port != 0 || scheme != was && default && !redirect.keeps_port { host } else { authority }
 }
 
 /// What a fault comes to.

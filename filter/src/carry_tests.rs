@@ -274,6 +274,7 @@ fn redirects_as_envoy_puts_them_together() {
         (|r| r.authority = "b.com".into(), None, "r.com", "/p", "http://b.com/p"),
         (|r| r.scheme = "https".into(), None, "r.com:80", "/p", "https://r.com/p"),
         (|r| r.scheme = "https".into(), None, "r.com:8080", "/p", "https://r.com:8080/p"),
+        (|r| (r.scheme, r.keeps_port) = ("https".into(), true), None, "r.com:80", "/p", "https://r.com:80/p"),
         (|r| r.port = 8443, None, "r.com:80", "/p", "http://r.com:8443/p"),
     ] {
         let told = location(redirect(change), rewrite, authority, path);

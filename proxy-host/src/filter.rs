@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::http::HeaderValue;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -52,6 +53,8 @@ pub struct Connection {
     pub via: Via,
     /// Server name of its `ClientHello`.
     pub server_name: Option<Vec<u8>>,
+    /// What an upstream is told of the certificate that the client showed (`x-forwarded-client-cert`).
+    pub client_certificate: Option<HeaderValue>,
 }
 
 /// How a connection came.
@@ -426,7 +429,15 @@ mod tests {
 
     fn connection() -> Rc<Connection> {
         let address = SocketAddr::from(([127, 0, 0, 1], 80));
-        Rc::new(Connection { id: 1, source: address, destination: address, via: Via::Captured, server_name: None })
+        let via = Via::Captured;
+        Rc::new(Connection {
+            id: 1,
+            source: address,
+            destination: address,
+            via,
+            server_name: None,
+            client_certificate: None,
+        })
     }
 
     #[tokio::test(flavor = "current_thread", start_paused = true)]

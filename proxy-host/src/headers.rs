@@ -34,6 +34,8 @@ pub fn is_method_name(method: &[u8]) -> bool {
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 /// `x-forwarded-for`
 pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// `x-forwarded-client-cert`
+pub const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -92,7 +94,7 @@ pub fn prepare(headers: &mut HeaderMap) {
 /// who a client is or how it came.
 pub fn from_outside(headers: &mut HeaderMap, client: IpAddr, scheme: &'static str) {
     let client = client.to_canonical().to_string();
-    let foreign = |name: &&HeaderName| name.as_str().starts_with("x-envoy-") || *name == "x-forwarded-client-cert";
+    let foreign = |name: &&HeaderName| name.as_str().starts_with("x-envoy-") || *name == X_FORWARDED_CLIENT_CERT;
     let foreign: Vec<HeaderName> = headers.keys().filter(foreign).cloned().collect();
     for name in foreign {
         headers.remove(name);

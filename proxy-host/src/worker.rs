@@ -130,7 +130,7 @@ impl Worker {
         let number = self.connections.get() + 1;
         self.connections.set(number);
         let id = (self.index as u64) << 48 | number;
-        Connection { id, source, destination, via, server_name: None }
+        Connection { id, source, destination, via, server_name: None, client_certificate: None }
     }
 
     /// Counts a connection as open.

@@ -147,6 +147,8 @@ pub struct Redirect {
     pub port: u32,
     /// New path.
     pub path: String,
+    /// The port that the client named stays, though it suits the other scheme.
+    pub keeps_port: bool,
 }
 
 /// An answer.
@@ -322,7 +324,7 @@ fields!(HeaderOps: set, add, remove);
 fields!(HashCookie: name, path, ttl, attributes);
 fields!(TargetExtras: authority, request, response, hash, tunnel);
 fields!(Target: cluster, weight, extras);
-fields!(Redirect: status, scheme, authority, port, path);
+fields!(Redirect: status, scheme, authority, port, path, keeps_port);
 fields!(Respond: status, body);
 fields!(Retry: attempts, on, statuses, per_try_ms, base_ms, same_hosts, remote);
 fields!(Fault: delay_share, delay_ms, abort_share, abort_status, abort_grpc);

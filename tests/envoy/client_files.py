@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""client_files.py PROXY...: the files of a DestinationRule's TLS are replaced while requests go, and count from then on.
+"""client_files.py PROXY...: the files of a DestinationRule's TLS, and of the mesh's (ISTIO_MUTUAL), are replaced while requests
+go, and count from then on.
 
 PROXY is `envoy` or `proxy-host`. First the server's certificate and the authorities that it is checked by are new, then the
 certificate that the proxy shows. Runs in a network namespace of its own; needs root.
@@ -29,8 +30,14 @@ metadata: {name: own}
 spec:
   host: own.example.com
   trafficPolicy:
-    tls: {mode: MUTUAL, sni: own.example.com, clientCertificate: %(tls)s/client.crt, privateKey: %(tls)s/client.key, caCertificates: %(tls)s/ca.crt}
+    tls: %(tls)s
 """
+# The files of each mode: certificate, key, authorities.
+MODES = {
+    "MUTUAL": (("client.crt", "client.key", "ca.crt"),
+               "{mode: MUTUAL, sni: own.example.com, clientCertificate: %(at)s/client.crt, privateKey: %(at)s/client.key, caCertificates: %(at)s/ca.crt}"),
+    "ISTIO_MUTUAL": (("cert-chain.pem", "key.pem", "root-cert.pem"), "{mode: ISTIO_MUTUAL, sni: own.example.com}"),
+}
 
 
 def certificate(folder, name):
@@ -110,16 +117,17 @@ def until(wanted):
     raise AssertionError(f"expected {wanted}, last {found!r}")
 
 
-def run(kind):
+def run(kind, mode):
+    (own, key, authorities), tls = MODES[mode]
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/config"), os.makedirs(f"{folder}/tls")
-        open(f"{folder}/config/own.yaml", "w").write(OBJECTS % {"tls": f"{folder}/tls"})
+        open(f"{folder}/config/own.yaml", "w").write(OBJECTS % {"tls": tls % {"at": f"{folder}/tls"} if mode == "MUTUAL" else tls})
         servers = [certificate(folder, name) for name in ("server-1", "server-2")]
         clients = [certificate(folder, name) for name in ("client-1", "client-2")]
-        for name, file in zip(("client.crt", "client.key", "ca.crt"), (*clients[0], servers[0][0])):
+        for name, file in zip((own, key, authorities), (*clients[0], servers[0][0])):
             place(f"{folder}/tls/{name}", file)
         server = Server(server_tls(servers[0], clients))
-        at = ["--http-proxy", f"{PROXY[0]}:{PROXY[1]}"]
+        at = ["--http-proxy", f"{PROXY[0]}:{PROXY[1]}", "--mesh-certificates", f"{folder}/tls"]
         log = open(f"{folder}/log", "ab")
         commands = [[PROXY_HOST, "--config", f"{folder}/config", *at]]
         if kind == "envoy":
@@ -132,12 +140,12 @@ def run(kind):
             until((200, "client-1"))
             server.context = server_tls(servers[1], clients)
             assert answer()[0] == 503, "a server that nobody vouches for"
-            place(f"{folder}/tls/ca.crt", servers[1][0])
+            place(f"{folder}/tls/{authorities}", servers[1][0])
             until((200, "client-1"))
-            for name, file in zip(("client.crt", "client.key"), clients[1]):
+            for name, file in zip((own, key), clients[1]):
                 place(f"{folder}/tls/{name}", file)
             until((200, "client-2"))
-            print(f"TLS files of a DestinationRule, {kind}: ok")
+            print(f"files of {mode}, {kind}: ok")
         except AssertionError:
             print(open(f"{folder}/log").read()[-3000:], file=sys.stderr)
             raise
@@ -154,4 +162,5 @@ if __name__ == "__main__":
         inside = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(inside, env={**os.environ, "INSIDE": "1"}).returncode)
     for kind in sys.argv[1:]:
-        run(kind)
+        for mode in MODES:
+            run(kind, mode)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""gateway_files.py PROXY...: a gateway's certificate is replaced while it serves, and counts from then on.
+"""gateway_files.py PROXY...: a gateway's certificate is replaced while it serves, and counts from then on; of clients that
+its authorities know only those with a pinned key or certificate are let in.
 
 PROXY is `envoy` or `proxy-host`. The Gateway names a secret, which is a folder. Runs in a network namespace of its own;
 needs root.
 """
-import os, pathlib, signal, ssl, subprocess, sys, tempfile, time
+import os, pathlib, signal, socket, ssl, subprocess, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
@@ -20,6 +21,11 @@ spec:
   servers:
   - {port: {number: 8443, name: p, protocol: HTTPS}, hosts: ["*"], tls: {mode: SIMPLE, credentialName: own}}
 """
+PINNED = """
+  - port: {number: %(port)d, name: p%(port)d, protocol: HTTPS}
+    hosts: ["*"]
+    tls: {mode: MUTUAL, serverCertificate: %(own)s/tls.crt, privateKey: %(own)s/tls.key, caCertificates: %(clients)s/all.crt, %(pin)s}
+"""
 
 
 def certificate(folder):
@@ -33,6 +39,34 @@ def certificate(folder):
         os.symlink(f"{new}/{name}", f"{new}/link")
         os.rename(f"{new}/link", f"{folder}/own/{name}")
     return open(f"{new}/tls.crt").read()
+
+
+def clients(folder):
+    """Two clients, each signed by itself, and the servers that let in the first by its key, and by its certificate."""
+    os.makedirs(f"{folder}/clients")
+    sh = lambda command: subprocess.run(command, shell=True, check=True, capture_output=True, text=True, cwd=f"{folder}/clients").stdout.strip()
+    for name in ("one", "two"):
+        sh("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+           f"-subj /CN={name} -addext basicConstraints=critical,CA:FALSE -keyout {name}.key -out {name}.crt")
+    sh("cat one.crt two.crt > all.crt")
+    key = sh("openssl x509 -in one.crt -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | openssl enc -base64")
+    digest = sh("openssl x509 -in one.crt -noout -fingerprint -sha256").split("=")[1]
+    at = {"own": f"{folder}/secrets/own", "clients": f"{folder}/clients"}
+    return "".join(PINNED % {"port": port, "pin": pin, **at} for port, pin in
+                   ((8444, f'verifyCertificateSpki: ["{key}"]'), (8445, f'verifyCertificateHash: ["{digest}"]')))
+
+
+def let_in(folder, name, port):
+    """Whether a client gets an answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(f"{folder}/clients/{name}.crt", f"{folder}/clients/{name}.key")
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as s:
+            s.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            return s.recv(100).startswith(b"HTTP/1.1 404")
+    except OSError:
+        return False
 
 
 def served(wanted):
@@ -51,7 +85,7 @@ def served(wanted):
 def run(kind):
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/config"), os.makedirs(f"{folder}/secrets")
-        open(f"{folder}/config/gateway.yaml", "w").write(GATEWAY)
+        open(f"{folder}/config/gateway.yaml", "w").write(GATEWAY + clients(folder))
         first = certificate(f"{folder}/secrets")
         who = ["--role", "gateway", "--credentials", f"{folder}/secrets"]
         log = open(f"{folder}/log", "ab")
@@ -65,6 +99,9 @@ def run(kind):
         try:
             served(first)
             served(certificate(f"{folder}/secrets"))
+            for port in (8444, 8445):
+                seen = [let_in(folder, name, port) for name in ("one", "two")]
+                assert seen == [True, False], f"clients with a certificate that is pinned or not, port {port}: {seen}"
             print(f"certificates of a gateway, {kind}: ok")
         except AssertionError:
             print(open(f"{folder}/log").read()[-3000:], file=sys.stderr)

@@ -17,9 +17,15 @@ use super::{any, policy, tls};
 use crate::api::destination_rule::ClientTls;
 
 /// The certificate with its chain, its key, and the authorities of others, as Istio's proxy calls them.
-const FILES: [&str; 3] = ["cert-chain.pem", "key.pem", "root-cert.pem"];
+pub(crate) const FILES: [&str; 3] = ["cert-chain.pem", "key.pem", "root-cert.pem"];
 /// Stands for the folder until the host is known.
-const FOLDER: &str = "mesh-certificates:";
+pub(crate) const FOLDER: &str = "mesh-certificates:";
+
+/// A file before it is known where it is.
+pub(crate) fn unplaced(file: &str) -> String {
+    format!("{FOLDER}{file}")
+}
+
 const TLS: &str = "envoy.transport_sockets.tls";
 const PROXY_PROTOCOL: &str = "envoy.transport_sockets.upstream_proxy_protocol";
 

@@ -1,8 +1,10 @@
 //! TLS of a gateway's server, as its host is told (SEMANTICS 6.1).
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use portolan_proto::v1::{ServerCertificate, ServerTls as Plan};
 
 use crate::api::gateway::{ServerTls, ServerTlsMode as Mode, TlsProtocol};
+use crate::cluster::mesh_tls;
 
 /// What clients of HTTP are offered.
 const PROTOCOLS: [&str; 2] = ["h2", "http/1.1"];
@@ -22,12 +24,17 @@ pub(crate) fn plan(tls: &ServerTls) -> Option<Plan> {
     if certificates.is_empty() {
         certificates = tls.tls_certificates.iter().map(|c| files(&c.server_certificate, &c.private_key)).collect();
     }
+    if tls.mode == Mode::IstioMutual {
+        let [chain, key, _] = mesh_tls::FILES.map(mesh_tls::unplaced);
+        certificates = vec![files(&chain, &key)];
+    }
     if certificates.is_empty() && !tls.server_certificate.is_empty() {
         certificates.push(files(&tls.server_certificate, &tls.private_key));
     }
     let asks = matches!(tls.mode, Mode::Mutual | Mode::OptionalMutual | Mode::IstioMutual);
     let (ca, ca_of_secret) = match secrets.first() {
         _ if !asks => (String::new(), false),
+        _ if tls.mode == Mode::IstioMutual => (mesh_tls::unplaced(mesh_tls::FILES[2]), false),
         _ if !tls.ca_cert_credential_name.is_empty() => (tls.ca_cert_credential_name.clone(), true),
         Some(secret) => ((*secret).clone(), true),
         None => (authorities(tls), false),
@@ -36,7 +43,17 @@ pub(crate) fn plan(tls: &ServerTls) -> Option<Plan> {
     if certificates.is_empty() || asks && ca.is_empty() && !unseen {
         return None;
     }
+    let (keys, hashes) = (&tls.verify_certificate_spki, &tls.verify_certificate_hash);
+    let client_keys: Vec<String> = keys.iter().filter(|key| is_key(key)).cloned().collect();
+    let client_hashes: Vec<String> = hashes.iter().filter(|hash| is_hash(hash)).cloned().collect();
+    // None that a client could have: nobody is let in.
+    if asks && keys.len() + hashes.len() > 0 && client_keys.is_empty() && client_hashes.is_empty() {
+        return None;
+    }
+    let mesh = (tls.mode == Mode::IstioMutual).then_some("istio");
     Some(Plan {
+        client_keys: if asks { client_keys } else { Vec::new() },
+        client_hashes: if asks { client_hashes } else { Vec::new() },
         certificates,
         any_client: asks && unseen,
         ca: if unseen { String::new() } else { ca },
@@ -46,9 +63,21 @@ pub(crate) fn plan(tls: &ServerTls) -> Option<Plan> {
         min_version: version(tls.min_protocol_version),
         max_version: version(tls.max_protocol_version),
         ciphers: tls.cipher_suites.clone(),
-        protocols: PROTOCOLS.map(str::to_owned).to_vec(),
+        protocols: PROTOCOLS.into_iter().chain(mesh).map(str::to_owned).collect(),
         revocations: if asks { tls.ca_crl.clone() } else { String::new() },
     })
+}
+
+/// A SHA-256 in base64: Envoy refuses a listener with anything else.
+fn is_key(text: &str) -> bool {
+    BASE64_STANDARD.decode(text).is_ok_and(|digest| digest.len() == 32)
+}
+
+/// A SHA-256 in hexadecimal, 64 digits, with a colon between each two or without any.
+fn is_hash(text: &str) -> bool {
+    let digits = text.replace(':', "");
+    let colons = text.len() == 64 || text.len() == 95 && text.split(':').all(|two| two.len() == 2);
+    colons && digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 fn authorities(tls: &ServerTls) -> String {

@@ -422,9 +422,9 @@ fn is_about(server: &Server<'_>, one: &Virtual) -> bool {
     server.hosts_for(namespace).any(|here| one.hosts.iter().any(|there| predicates::hosts_match(here, there)))
 }
 
-/// The route of a host of which only HTTPS is to be asked.
+/// The route of a host of which only HTTPS is to be asked. Envoy does not look at the port that a client named.
 fn to_https() -> Route {
-    let redirect = Redirect { status: 301, scheme: "https".to_owned(), ..Redirect::default() };
+    let redirect = Redirect { status: 301, scheme: "https".to_owned(), keeps_port: true, ..Redirect::default() };
     Route {
         name: TO_HTTPS.to_owned(),
         index: 0,
@@ -445,15 +445,14 @@ pub fn unserved(spec: &Gateway) -> Vec<&'static str> {
         let Some(tls) = &server.tls else { continue };
         match tls.mode {
             ServerTlsMode::IstioMutual => {
-                out.insert("servers with tls.mode ISTIO_MUTUAL: there is no mesh certificate");
+                out.insert(
+                    "servers with tls.mode ISTIO_MUTUAL where a proxy has no --mesh-certificates: clients are refused",
+                );
             }
             ServerTlsMode::AutoPassthrough => {
                 out.insert("servers with tls.mode AUTO_PASSTHROUGH");
             }
             _ => {}
-        }
-        if !tls.verify_certificate_spki.is_empty() || !tls.verify_certificate_hash.is_empty() {
-            out.insert("tls.verifyCertificateSpki and verifyCertificateHash");
         }
         if !tls.ecdh_curves.is_empty() {
             out.insert("tls.ecdhCurves");

@@ -237,6 +237,7 @@ impl Place<'_> {
             authority: redirect.authority.clone(),
             port: if default { 0 } else { port },
             path: redirect.uri.clone(),
+            keeps_port: false,
         }
     }
 

@@ -83,6 +83,8 @@ pub(super) struct Chains {
     says_destination: bool,
     /// What routes need.
     pub(super) needs: Arc<Needs>,
+    /// Folder of the mesh's certificates.
+    pub(super) mesh_certificates: Option<String>,
 }
 
 impl Chains {
@@ -117,6 +119,7 @@ impl Chains {
             v6_only,
             says_destination,
             needs: Arc::default(),
+            mesh_certificates: None,
         }
     }
 
@@ -268,8 +271,9 @@ impl Chains {
             let server_names = server.server_names.clone();
             chain.filter_chain_match = Some(FilterChainMatch { server_names, ..FilterChainMatch::default() });
         }
-        let folder = self.settings.credentials.as_deref();
-        chain.transport_socket = server.tls.as_ref().map(|tls| server_tls::socket(tls, folder));
+        let (credentials, mesh) = (self.settings.credentials.as_deref(), self.mesh_certificates.as_deref());
+        let folders = server_tls::Folders { credentials, mesh };
+        chain.transport_socket = server.tls.as_ref().map(|tls| server_tls::socket(tls, folders));
         chain
     }
 

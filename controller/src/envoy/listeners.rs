@@ -49,6 +49,12 @@ impl Renderer {
         Renderer { chains: Chains::new(settings, scope, node), settings: settings.clone(), wildcards }
     }
 
+    /// Says where the Envoy has the mesh's certificates.
+    pub fn with_mesh_certificates(mut self, folder: Option<&str>) -> Self {
+        self.chains.mesh_certificates = folder.map(str::to_owned);
+        self
+    }
+
     /// From now on listeners are made to suit what routes need.
     pub fn suit(&mut self, needs: &Arc<Needs>) {
         self.chains.needs = Arc::clone(needs);

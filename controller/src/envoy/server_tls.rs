@@ -16,6 +16,7 @@ use portolan_proto::v1::ServerTls;
 
 use super::chains::aggregated;
 use super::{any, switch};
+use crate::cluster::mesh_tls;
 
 /// Type URL of a secret.
 pub const SECRET_TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
@@ -24,24 +25,46 @@ const CERTIFICATE: &str = "file-cert:";
 /// What the name of authorities begins with; their file follows.
 const AUTHORITIES: &str = "file-root:";
 
-/// The transport socket. `credentials` is the folder of secrets.
+/// Where an Envoy has its files.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Folders<'f> {
+    /// Secrets that Gateways name.
+    pub(super) credentials: Option<&'f str>,
+    /// The mesh's certificates.
+    pub(super) mesh: Option<&'f str>,
+}
+
+impl Folders<'_> {
+    /// A file of the Envoy's; without a folder one that does not exist, so that clients are refused.
+    fn file(self, path: &str) -> String {
+        match path.strip_prefix(mesh_tls::FOLDER) {
+            Some(file) => format!("{}/{file}", self.mesh.unwrap_or("/--mesh-certificates-not-given")),
+            None => path.to_owned(),
+        }
+    }
+}
+
+/// The transport socket.
 // Envoy's newer field takes one matcher for each type of name; the older one, which istiod writes, takes any type.
 #[allow(deprecated)]
-pub(super) fn socket(tls: &ServerTls, credentials: Option<&str>) -> core::TransportSocket {
+pub(super) fn socket(tls: &ServerTls, folders: Folders<'_>) -> core::TransportSocket {
+    let credentials = folders.credentials;
     let certificates = tls.certificates.iter().map(|one| {
         let (certificate, key) = match one.secret.as_str() {
-            "" => (one.certificate.clone(), one.key.clone()),
+            "" => (folders.file(&one.certificate), folders.file(&one.key)),
             secret => (within(credentials, secret, "tls.crt"), within(credentials, secret, "tls.key")),
         };
         certificate_named(&certificate, &key)
     });
-    let ca = if tls.ca_of_secret { within(credentials, &tls.ca, "ca.crt") } else { tls.ca.clone() };
+    let ca = if tls.ca_of_secret { within(credentials, &tls.ca, "ca.crt") } else { folders.file(&tls.ca) };
     let exact = |name: &String| StringMatcher {
         match_pattern: Some(MatchPattern::Exact(name.clone())),
         ..StringMatcher::default()
     };
     let validation = CertificateValidationContext {
         match_subject_alt_names: tls.client_names.iter().map(exact).collect(),
+        verify_certificate_spki: tls.client_keys.clone(),
+        verify_certificate_hash: tls.client_hashes.clone(),
         crl: file(&tls.revocations),
         trust_chain_verification: if tls.any_client {
             TrustChainVerification::AcceptUntrusted.into()

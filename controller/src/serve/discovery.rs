@@ -390,7 +390,10 @@ impl Stream {
                 tracing::warn!(node = self.node.id, %error, "no listeners can be made");
                 Status::invalid_argument(error.to_string())
             })?;
-            self.listeners = Some(Listeners::new(Renderer::new(&settings, &self.scope, &self.node.id)));
+            self.listeners = Some({
+                let renderer = Renderer::new(&settings, &self.scope, &self.node.id);
+                Listeners::new(renderer.with_mesh_certificates(mesh_certificates(&self.node)))
+            });
         }
         let (Some(listeners), Some(subscription)) =
             (&mut self.listeners, self.subscriptions.get_mut(LISTENER_TYPE_URL))

@@ -525,10 +525,16 @@ pub struct ServerTls {
     /// A client's certificate is taken whoever has signed it; without this and without `ca` none is asked for.
     #[prost(bool, tag = "11")]
     pub any_client: bool,
+    /// SHA-256 of a client's public key (base64) or of its certificate (hexadecimal, with or without colons): it must have
+    /// one of these where there are any.
+    #[prost(string, repeated, tag = "12")]
+    pub client_keys: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "13")]
+    pub client_hashes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ServerCertificate {
-    /// Files (PEM).
+    /// Files (PEM). What begins with `mesh-certificates:` is in the folder of the mesh's certificates.
     #[prost(string, tag = "1")]
     pub certificate: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]

@@ -189,8 +189,8 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketA
     };
     let mut connection = worker.connection(source, own, via);
     connection.server_name = name;
-    let connection = Rc::new(connection);
     let Some(tls) = &server.tls else {
+        let connection = Rc::new(connection);
         if !server.http {
             return tcp::proxy(&worker, connection, client).await;
         }
@@ -199,7 +199,10 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketA
     };
     let (tls, http) = (tls.clone(), server.http);
     drop(plans);
-    let Some(client) = worker.terminations.accept(&tls, client, &worker).await else { return };
+    let Some(accepted) = worker.terminations.accept(&tls, client, &worker).await else { return };
+    let client = accepted.stream;
+    connection.client_certificate = accepted.client;
+    let connection = Rc::new(connection);
     if !http {
         return tcp::proxy(&worker, connection, Rewind::secure(bytes::Bytes::new(), client)).await;
     }

@@ -246,6 +246,9 @@ impl Exchange {
         let connection = &self.from.connection;
         if let Via::Gateway { .. } = connection.via {
             headers::from_outside(&mut parts.headers, connection.source.ip(), connection.scheme());
+            if let Some(certificate) = &connection.client_certificate {
+                parts.headers.insert(headers::X_FORWARDED_CLIENT_CERT, certificate.clone());
+            }
         }
         headers::prepare(&mut parts.headers);
         let protocol = match parts.version {

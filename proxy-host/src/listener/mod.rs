@@ -1,6 +1,7 @@
 //! The ways in: connections that were redirected to us, and requests to the HTTP proxy.
 
 pub mod calm;
+mod client_certificate;
 pub mod frames;
 pub mod gateway;
 pub mod guard;

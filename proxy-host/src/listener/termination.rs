@@ -9,6 +9,8 @@ use std::{
     time::SystemTime,
 };
 
+use ::http::HeaderValue;
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use portolan_proto::v1;
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
@@ -25,7 +27,7 @@ use rustls::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::rewind::Rewind;
+use super::{client_certificate, rewind::Rewind};
 use crate::{
     upstream::tls::{TlsError, certificates, has_name, stamp},
     worker::Worker,
@@ -40,6 +42,8 @@ pub struct Settings {
     /// Any certificate of a client will do.
     any_client: bool,
     client_names: Vec<String>,
+    /// SHA-256 of public keys and of certificates that clients may have; without any, all may.
+    pins: Vec<[u8; 32]>,
     revocations: Option<PathBuf>,
     versions: (u32, u32),
     ciphers: Vec<String>,
@@ -66,6 +70,8 @@ enum Unusable {
     File(#[from] TlsError),
     #[error("credentialName {0:?}: give --credentials DIR, in which it is a folder with tls.crt and tls.key")]
     NoFolder(String),
+    #[error("tls.mode ISTIO_MUTUAL: give --mesh-certificates DIR, with cert-chain.pem, key.pem and root-cert.pem")]
+    NoMesh,
     #[error("credentialName {0:?} cannot be the name of a folder")]
     Name(String),
     #[error("none of the cipher suites {0:?} is known; TLS 1.3 has its own")]
@@ -78,6 +84,38 @@ enum Unusable {
     Authorities(PathBuf, String),
     #[error("{0}")]
     Tls(#[from] rustls::Error),
+}
+
+/// What the names of the mesh's files begin with.
+const MESH: &str = "mesh-certificates:";
+
+/// The digests that a message has. One that cannot be read is nobody's.
+fn pins(message: &v1::ServerTls) -> Vec<[u8; 32]> {
+    let keys = message.client_keys.iter().map(|key| BASE64_STANDARD.decode(key).unwrap_or_default());
+    let hashes = message.client_hashes.iter().map(|hash| {
+        let digits = hash.replace(':', "");
+        let byte = |at: usize| digits.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
+        (0..digits.len()).step_by(2).map_while(byte).collect()
+    });
+    keys.chain(hashes).map(|digest| digest.try_into().unwrap_or_default()).collect()
+}
+
+/// Where this proxy has its files.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Folders<'f> {
+    /// Secrets that Gateways name.
+    pub(super) credentials: Option<&'f Path>,
+    /// The mesh's certificates.
+    pub(super) mesh: Option<&'f Path>,
+}
+
+impl Folders<'_> {
+    fn file(self, path: &Path) -> Result<PathBuf, Unusable> {
+        match path.to_str().and_then(|path| path.strip_prefix(MESH)) {
+            Some(file) => Ok(self.mesh.ok_or(Unusable::NoMesh)?.join(file)),
+            None => Ok(path.to_owned()),
+        }
+    }
 }
 
 impl Settings {
@@ -98,6 +136,7 @@ impl Settings {
             client_required: message.client_required,
             any_client: message.any_client,
             client_names: message.client_names.clone(),
+            pins: pins(message),
             revocations: Some(&message.revocations).filter(|path| !path.is_empty()).map(PathBuf::from),
             versions: (message.min_version, message.max_version),
             ciphers: message.ciphers.clone(),
@@ -117,16 +156,17 @@ struct Located {
 type Stamps = Vec<Option<SystemTime>>;
 
 impl Located {
-    fn of(settings: &Settings, credentials: Option<&Path>) -> Result<Self, Unusable> {
+    fn of(settings: &Settings, folders: Folders<'_>) -> Result<Self, Unusable> {
+        let credentials = folders.credentials;
         let pair = |files: &Files| match files {
-            Files::Paths(certificate, key) => Ok((certificate.clone(), key.clone())),
+            Files::Paths(certificate, key) => Ok((folders.file(certificate)?, folders.file(key)?)),
             Files::Secret(name) => {
                 let folder = folder(name, credentials)?;
                 Ok((folder.join("tls.crt"), folder.join("tls.key")))
             }
         };
         let authorities = settings.authorities.as_ref().map(|source| match source {
-            Source::Path(path) => Ok(path.clone()),
+            Source::Path(path) => folders.file(path),
             Source::Secret(name) => folder(name, credentials).map(|folder| folder.join("ca.crt")),
         });
         Ok(Self {
@@ -154,7 +194,22 @@ fn folder(name: &str, credentials: Option<&Path>) -> Result<PathBuf, Unusable> {
 /// What was made of settings and files, and how old the files were then.
 struct Loaded {
     stamps: Stamps,
-    config: Option<Arc<ServerConfig>>,
+    made: Option<Made>,
+}
+
+/// What a handshake needs.
+#[derive(Clone)]
+struct Made {
+    config: Arc<ServerConfig>,
+    /// Names of the first certificate that are URIs.
+    own: Arc<[String]>,
+}
+
+/// A handshake that is done.
+pub(super) struct Accepted {
+    pub(super) stream: TlsStream<Rewind>,
+    /// What an upstream is told of the client's certificate, if it showed one.
+    pub(super) client: Option<HeaderValue>,
 }
 
 /// What each server's TLS begins with.
@@ -168,13 +223,10 @@ impl Terminations {
     }
 
     /// Does the handshake with a client; `None`: there is no connection any more.
-    pub(super) async fn accept(
-        &self,
-        settings: &Arc<Settings>,
-        client: Rewind,
-        worker: &Worker,
-    ) -> Option<TlsStream<Rewind>> {
-        let config = self.config(settings, worker.config.credentials.as_deref())?;
+    pub(super) async fn accept(&self, settings: &Arc<Settings>, client: Rewind, worker: &Worker) -> Option<Accepted> {
+        let mesh = worker.config.identity.mesh_certificates.as_deref().map(Path::new);
+        let Made { config, own } =
+            self.made(settings, Folders { credentials: worker.config.credentials.as_deref(), mesh })?;
         let handshake = TlsAcceptor::from(config).accept(client);
         let (time, mut stop) = (worker.config.http.header_time, worker.stop.clone());
         let late = async {
@@ -185,7 +237,11 @@ impl Terminations {
         };
         tokio::select! {
             done = handshake => match done {
-                Ok(stream) => Some(stream),
+                Ok(stream) => {
+                    let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                    let client = shown.and_then(|shown| client_certificate::header(shown, &own));
+                    Some(Accepted { stream, client })
+                }
                 Err(error) => {
                     tracing::debug!("TLS of a client: {error}");
                     None
@@ -196,30 +252,30 @@ impl Terminations {
         }
     }
 
-    fn config(&self, settings: &Arc<Settings>, credentials: Option<&Path>) -> Option<Arc<ServerConfig>> {
-        let located = Located::of(settings, credentials);
+    fn made(&self, settings: &Arc<Settings>, folders: Folders<'_>) -> Option<Made> {
+        let located = Located::of(settings, folders);
         let stamps = located.as_ref().map(Located::stamps).unwrap_or_default();
         let mut known = self.0.borrow_mut();
         if let Some(loaded) = known.get(settings)
             && loaded.stamps == stamps
         {
-            return loaded.config.clone();
+            return loaded.made.clone();
         }
-        let before = known.get(settings).and_then(|loaded| loaded.config.clone());
-        let config = match located.and_then(|located| load(settings, &located)) {
-            Ok(config) => Some(Arc::new(config)),
+        let before = known.get(settings).and_then(|loaded| loaded.made.clone());
+        let made = match located.and_then(|located| load(settings, &located)) {
+            Ok(made) => Some(made),
             Err(error) => {
                 let then = if before.is_some() { "the last good certificate stays" } else { "its clients are refused" };
                 tracing::error!("TLS of a gateway's server: {error}; {then}");
                 before
             }
         };
-        known.insert(settings.clone(), Loaded { stamps, config: config.clone() });
-        config
+        known.insert(settings.clone(), Loaded { stamps, made: made.clone() });
+        made
     }
 }
 
-fn load(settings: &Settings, located: &Located) -> Result<ServerConfig, Unusable> {
+fn load(settings: &Settings, located: &Located) -> Result<Made, Unusable> {
     let mut provider = ring::default_provider();
     if !settings.ciphers.is_empty() {
         let known = |suite: &SupportedCipherSuite| match suite {
@@ -244,9 +300,11 @@ fn load(settings: &Settings, located: &Located) -> Result<ServerConfig, Unusable
         let fits = |error| Unusable::Key(key.clone(), error);
         keys.push(Arc::new(CertifiedKey::from_der(certificates(certificate)?, private, &provider).map_err(fits)?));
     }
+    let first = keys.first().and_then(|key| key.cert.first());
+    let own = first.map(|first| client_certificate::uris(first)).unwrap_or_default().into();
     let mut config = builder.with_cert_resolver(Arc::new(Certificates(keys)));
     config.alpn_protocols = settings.protocols.iter().map(|name| name.clone().into_bytes()).collect();
-    Ok(config)
+    Ok(Made { config: Arc::new(config), own })
 }
 
 /// Versions by Envoy's numbers; 0 is the default, which is from 1.2 on.
@@ -281,9 +339,9 @@ fn verifier(
     located: &Located,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Option<Arc<dyn ClientCertVerifier>>, Unusable> {
-    let (required, names) = (settings.client_required, settings.client_names.clone());
+    let (required, names, pins) = (settings.client_required, settings.client_names.clone(), settings.pins.clone());
     let Some(path) = &located.authorities else {
-        let verifier = Clients { inner: None, names, required, provider: provider.clone() };
+        let verifier = Clients { inner: None, names, pins, required, provider: provider.clone() };
         // Without authorities no client is asked, unless any will do.
         return Ok(settings.any_client.then(|| Arc::new(verifier) as Arc<dyn ClientCertVerifier>));
     };
@@ -299,7 +357,7 @@ fn verifier(
     }
     let builder = if required { builder } else { builder.allow_unauthenticated() };
     let inner = builder.build().map_err(|error| Unusable::Authorities(path.clone(), error.to_string()))?;
-    Ok(Some(Arc::new(Clients { inner: Some(inner), names, required, provider: provider.clone() })))
+    Ok(Some(Arc::new(Clients { inner: Some(inner), names, pins, required, provider: provider.clone() })))
 }
 
 /// Looks at a client's certificate: a chain to one of the authorities, and a name of the list.
@@ -308,6 +366,7 @@ struct Clients {
     /// `None`: any certificate will do.
     inner: Option<Arc<dyn ClientCertVerifier>>,
     names: Vec<String>,
+    pins: Vec<[u8; 32]>,
     required: bool,
     provider: Arc<CryptoProvider>,
 }
@@ -332,6 +391,9 @@ impl ClientCertVerifier for Clients {
         }
         if !self.names.is_empty() && !has_name(end_entity, &self.names) {
             return Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForName));
+        }
+        if !self.pins.is_empty() && !client_certificate::digests(end_entity).iter().any(|own| self.pins.contains(own)) {
+            return Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
         }
         Ok(ClientCertVerified::assertion())
     }
