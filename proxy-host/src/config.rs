@@ -81,7 +81,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", help_heading = LISTENERS)]
     pub credentials: Option<PathBuf>,
     /// Folder of the mesh's certificates for ISTIO_MUTUAL: cert-chain.pem, key.pem and root-cert.pem, read again when they
-    /// change. Without it such traffic is plain text
+    /// change. Without it such traffic is plain text, and a Gateway's clients are refused
     #[arg(long, value_name = "DIR", help_heading = WORKLOAD)]
     pub mesh_certificates: Option<String>,
     /// Answer here about the proxy itself: /ready, /healthz, /metrics, /config_dump, /clusters, /logging. Whoever can

@@ -90,7 +90,7 @@ struct Envoy {
     #[arg(long, value_name = "DIR")]
     credentials: Option<String>,
     /// Folder, where Envoy runs, of the mesh's certificates for ISTIO_MUTUAL: cert-chain.pem, key.pem and root-cert.pem.
-    /// Without it such traffic is plain text
+    /// Without it such traffic is plain text, and a Gateway's clients are refused
     #[arg(long, value_name = "DIR")]
     mesh_certificates: Option<String>,
     /// Be an HTTP proxy at this address; may be given several times

@@ -372,3 +372,21 @@ fn authority(request: Option<&HeaderOperations>) -> String {
     });
     given.cloned().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_is_kept_together_is_retried_where_it_was() {
+        let asked = |avoided| api::Retry { attempts: 1, retry_ignore_previous_hosts: avoided, ..api::Retry::default() };
+        let same = |retries: Option<&api::Retry>, hashed| retry(retries, hashed).map(|retry| retry.same_hosts);
+        assert_eq!((same(None, false), same(None, true)), (None, Some(true)));
+        for (avoided, hashed, expected) in
+            [(None, false, false), (None, true, true), (Some(true), true, false), (Some(false), false, true)]
+        {
+            assert_eq!(same(Some(&asked(avoided)), hashed), Some(expected), "{avoided:?} {hashed}");
+        }
+        assert_eq!(retry(None, true).and_then(|retry| retry.manner()).unwrap().to_string(), "same-hosts");
+    }
+}

@@ -155,10 +155,7 @@ mod tests {
         assert!(parts[2].starts_with("Cert=\"-----BEGIN%20CERTIFICATE-----%0AMI"), "{value}");
         assert!(parts[2].ends_with("%0A-----END%20CERTIFICATE-----%0A\""));
         let rest = parts[3..].join(";");
-        assert_eq!(
-            rest,
-            r#"Subject="CN=\#a,O=Gr\C3\B6\C3\9Fe\, Inc.";URI=spiffe://td/ns/n/sa/a;DNS=a.test"#
-        );
+        assert_eq!(rest, r#"Subject="CN=\#a,O=Gr\C3\B6\C3\9Fe\, Inc.";URI=spiffe://td/ns/n/sa/a;DNS=a.test"#);
         assert_eq!(uris(certificate.der()), ["spiffe://td/ns/n/sa/a"]);
         let both = digests(certificate.der());
         assert!(both.len() == 2 && both[0] != both[1]);
