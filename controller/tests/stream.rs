@@ -12,6 +12,7 @@ use portolan_controller::model::Protocol::*;
 use portolan_controller::model::{Change, MeshConfig, Object, OutboundMode, Resolution, Scope};
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::core::v3::Node;
+use portolan_proto::envoy::envoy::service::cluster::v3::cluster_discovery_service_client::ClusterDiscoveryServiceClient;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use portolan_proto::envoy::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use portolan_proto::envoy::google::protobuf::{ListValue, Struct, Value, value};
@@ -360,6 +361,17 @@ async fn workload_changes_reach_those_who_hold_the_cluster() {
     controller.apply(apply([vm])).await.unwrap();
     let (got, removed, _) = client.next().await;
     assert_eq!((got.len(), removed.len()), (2, 0));
+}
+
+#[tokio::test]
+async fn clusters_come_on_a_stream_of_their_own_as_well() {
+    let controller = controller(vec![entry(se("a", &["a.com"], &[(80, Http)]))]).await;
+    let mut client = ClusterDiscoveryServiceClient::new(channel(&controller).await);
+    let (say, requests) = mpsc::unbounded_channel();
+    say.send(ask(CLUSTER_TYPE_URL, &["outbound|80||a.com"])).unwrap();
+    let mut hear = client.delta_clusters(UnboundedReceiverStream::new(requests)).await.unwrap().into_inner();
+    let answer = hear.message().await.unwrap().unwrap();
+    assert_eq!(answer.resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["outbound|80||a.com"]);
 }
 
 #[tokio::test]

@@ -70,7 +70,10 @@ def patch(apply_to, context, operation, value, **match):
 HCM = "envoy.filters.network.http_connection_manager"
 TCP_PROXY = {"listener": {"filterChain": {"filter": {"name": "envoy.filters.network.tcp_proxy"}}}}
 ROUTER = {"listener": {"filterChain": {"filter": {"name": HCM, "subFilter": {"name": "envoy.filters.http.router"}}}}}
-BY_HEADER = {"route": {"cluster_header": "x-portolan-cluster"}}
+# What the filter orders, and no upstream need know. The hash is asked for again with each attempt: the clusters that balance by it
+# remove it.
+OURS = ["x-portolan-cluster", "x-portolan-destination", "x-portolan-retry", "x-portolan-mirror", "x-envoy-fault-delay-request"]
+BY_HEADER = {"request_headers_to_remove": OURS, "route": {"cluster_header": "x-portolan-cluster"}}
 
 
 def common(context):
@@ -132,6 +135,21 @@ def sniffed():
             *instead("http_inspector", "HttpInspector"), *instead("tls_inspector", "TlsInspector")]
 
 
+def served():
+    """Every request to a gateway goes where the filter says. It knows Gateways and VirtualServices itself; with istiod's routes
+    in force as well, paths and headers would be changed twice, and a request be judged by what the filter has made of it."""
+    route = {"match": {"prefix": "/"}, "request_headers_to_remove": OURS, "route": {
+        "cluster_header": "x-portolan-cluster", "timeout": "0s",
+        "hash_policy": [{"header": {"header_name": "x-portolan-hash"}}],
+        "retry_policy": {"retry_on": "connect-failure,refused-stream,unavailable,cancelled", "num_retries": 2,
+                         "host_selection_retry_max_attempts": 5, "retry_host_predicate": [
+                             {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": {
+                                 "@type": f"{V3}.retry.host.previous_hosts.v3.PreviousHostsPredicate"}}]}}}
+    host = {"name": "portolan", "domains": ["*"], "include_request_attempt_count": True, "routes": [route]}
+    return [patch("VIRTUAL_HOST", "GATEWAY", "REMOVE", None, routeConfiguration={}),
+            patch("VIRTUAL_HOST", "GATEWAY", "ADD", host, routeConfiguration={})]
+
+
 def envoy_filter(head, name, patches, **spec):
     text = yaml.safe_dump({"apiVersion": "networking.istio.io/v1alpha3", "kind": "EnvoyFilter",
                            "metadata": {"name": name, "namespace": "istio-system"},
@@ -144,8 +162,8 @@ def files():
     return {
         "sidecars.yaml": envoy_filter("Sidecars: what the filter says becomes where the connection goes.", "portolan",
                                       common(sidecar) + unknown() + sniffed() + tcp(sidecar) + closed()),
-        "gateways.yaml": envoy_filter("Egress gateways: what their routes leave open is decided by the filter.", "portolan-gateway",
-                                      common("GATEWAY") + tcp("GATEWAY"), workloadSelector={"labels": {"istio": "egressgateway"}}),
+        "gateways.yaml": envoy_filter("Egress gateways: what the filter says becomes where requests and connections go.", "portolan-gateway",
+                                      common("GATEWAY") + served() + tcp("GATEWAY"), workloadSelector={"labels": {"istio": "egressgateway"}}),
     }
 
 

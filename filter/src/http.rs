@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use portolan_registry::decision::{Rule, Verdict};
-use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_id};
+use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_of};
 
 use crate::carry::{self, Carried};
 use crate::config::NoSnapshot;
@@ -238,9 +238,10 @@ fn asked(host: &impl Host, gateway: bool) -> Option<Listener> {
     if !gateway && !destination.ip().is_loopback() {
         return Some(Listener::Captured(destination));
     }
-    Some(match host.property("xds\0filter_chain_name") {
-        Some(name) if name == PROXY_CHAIN => Listener::Proxy,
-        Some(name) if gateway => Listener::Gateway { port: destination.port(), server: server_id(&name) },
+    let chain = host.property("xds\0filter_chain_name").unwrap_or_default();
+    Some(match &*chain {
+        PROXY_CHAIN => Listener::Proxy,
+        name if gateway => Listener::Gateway { port: destination.port(), server: server_of(name, destination.port()) },
         _ => Listener::Captured(destination),
     })
 }

@@ -2,7 +2,7 @@ use portolan_registry::row::CatchAll;
 
 use super::*;
 use crate::host::fake::{Call, Fake};
-use crate::testing::{CONFIGURATION, ROOT, STATUSES, configured, ready};
+use crate::testing::{CONFIGURATION, ROOT, STATUSES, configured, deliver, ready, whole, writer};
 
 fn request(vm: &mut Vm<Fake>, destination: &str, headers: &[(&[u8], &[u8])]) -> (Action, Vec<Call>) {
     vm.host.set_property("destination\0address", destination.as_bytes());
@@ -230,4 +230,39 @@ fn whatever_call_fails_the_request_is_answered_or_not_let_on() {
         let (action, calls) = request(&mut vm, "192.0.2.1:80", &[(b":authority", b"b.com")]);
         assert_eq!((action, calls.last()), (Action::Pause, Some(&Call::Reset)));
     }
+}
+
+#[test]
+fn a_chain_of_a_gateway_without_a_name_is_that_of_plain_http() {
+    use portolan_registry::lookup::server_id;
+    use portolan_registry::row::{Globals, HostPort, Row};
+
+    let mut vm = configured(br#"{"namespace":"n","role":"gateway"}"#);
+    let served = |port, name: &str, cluster| HostPort {
+        port,
+        server: server_id(name.as_bytes()),
+        http: Some(crate::testing::choice(cluster)),
+        sni: None,
+        proxy: None,
+    };
+    let ports = vec![served(80, "http.80", "plain"), served(443, "https.443.https.g.n", "secure")];
+    let rows = [
+        Row::Globals(Globals { catch_all: CatchAll::Block, gateway: true, retry: None }),
+        Row::Host { pattern: "a.com".parse().unwrap(), ports },
+    ];
+    deliver(&mut vm, &whole(&writer(&rows), 1));
+    let host: &[(&[u8], &[u8])] = &[(b":authority", b"a.com")];
+    let mut ask = |destination, chain: Option<&[u8]>| {
+        if let Some(chain) = chain {
+            vm.host.set_property("xds\0filter_chain_name", chain);
+        }
+        request(&mut vm, destination, host)
+    };
+    // Envoys say that there is no name in either way.
+    assert_eq!(ask("192.0.2.1:80", None), routed("plain"));
+    assert_eq!(ask("192.0.2.1:80", Some(b"")), routed("plain"));
+    assert_eq!(ask("192.0.2.1:443", Some(b"")).0, Action::Pause, "TLS ends in a chain with a name");
+    assert_eq!(ask("192.0.2.1:443", Some(b"https.443.https.g.n")), routed("secure"));
+    assert_eq!(ask("192.0.2.1:80", Some(b"http.80")), routed("plain"));
+    assert_eq!(ask("192.0.2.1:80", Some(b"another")).0, Action::Pause);
 }

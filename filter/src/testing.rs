@@ -12,7 +12,7 @@ use crate::vm::Vm;
 pub(crate) const CONFIGURATION: &[u8] = br#"{"namespace":"n"}"#;
 pub(crate) const ROOT: u32 = 1;
 
-fn choice(cluster: &str) -> Choice {
+pub(crate) fn choice(cluster: &str) -> Choice {
     let winner =
         Origin { namespace: "n".parse().unwrap(), name: "entry".parse().unwrap(), kind: OriginKind::ServiceEntry };
     Choice { cluster: cluster.parse().unwrap(), routes: None, winner, losers: Vec::new() }

@@ -52,6 +52,12 @@ pub fn server_id(name: &[u8]) -> u32 {
     ((digest >> 32) as u32 ^ digest as u32).max(1)
 }
 
+/// The server of a chain of a gateway's port. A chain without a name is that of the port's plain HTTP server, as istiod
+/// has it; what else is without one is of no server that there is.
+pub fn server_of(chain: &[u8], port: u16) -> u32 {
+    if chain.is_empty() { server_id(format!("http.{port}").as_bytes()) } else { server_id(chain) }
+}
+
 /// An HTTP request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request<'q> {

@@ -58,6 +58,8 @@ class Look:
         self.chains += 1
         if last["name"] == HCM:
             self.manager(where, last["typed_config"])
+            if self.how["proxy"] == "gateway":
+                self.named(where, chain.get("name", ""), last["typed_config"]["rds"]["route_config_name"])
         elif last["name"] == TCP:
             at, proxy = self.ours(filters, "network"), last["typed_config"]
             if chain.get("name") == CLOSED:
@@ -86,13 +88,20 @@ class Look:
             for route in host.get("routes", []):
                 self.route(f"{where}: {host['name']}", route)
 
+    def named(self, where, name, server):
+        """The filter knows a gateway's server by its chain's name, or as the port's plain HTTP server."""
+        self.expect(server == name or not name and server.startswith("http."), f"{where}: the filter takes it for another than {server}")
+
     def route(self, where, route):
         if "direct_response" in route:
             self.expect(False, f"{where}: answers what the filter should decide")
             return
         action = route.get("route", {})
         cluster, by = action.get("cluster"), action.get("cluster_header")
-        to_service = cluster is not None and cluster.startswith("outbound|")
+        # At a gateway nothing but the filter leads anywhere: its routes are compiled from the same VirtualServices.
+        to_service = cluster is not None and cluster.startswith("outbound|") and self.how["proxy"] != "gateway"
+        if by == "x-portolan-cluster":
+            self.expect(by in route.get("request_headers_to_remove", []), f"{where}: the upstream is told {by}")
         self.expect(by == "x-portolan-cluster" or to_service or "redirect" in route, f"{where}: leads to {cluster or action}")
 
     def all(self):

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use portolan_proto::envoy::envoy::config::cluster::v3::Cluster;
 use portolan_proto::envoy::envoy::config::core::v3::Node;
+use portolan_proto::envoy::envoy::service::cluster::v3::cluster_discovery_service_server::ClusterDiscoveryService;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use portolan_proto::envoy::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Resource,
@@ -33,6 +34,7 @@ use crate::envoy::settings::{MESH_CERTIFICATES, Settings};
 use crate::model::{Role, Scope};
 use crate::publish::{Names, Published, Publisher};
 
+#[derive(Clone)]
 pub(super) struct Service {
     publisher: Publisher,
     counters: Arc<Counters>,
@@ -42,6 +44,27 @@ impl Service {
     pub(super) fn new(publisher: Publisher, counters: Arc<Counters>) -> Self {
         Service { publisher, counters }
     }
+
+    /// Serves a stream, of whatever types are asked for on it.
+    fn open(&self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Response<DeltaStream> {
+        let (responses, stream) = mpsc::channel(16);
+        let (publisher, counters) = (self.publisher.clone(), self.counters.clone());
+        tokio::spawn(async move {
+            let _open = Open::new(counters.clone(), |c| &c.discovery_streams);
+            let failed = responses.clone();
+            let peer = peer::of(&request);
+            if let Err(status) = serve(request.into_inner(), peer, publisher, counters, responses).await {
+                let _ = failed.send(Err(status)).await;
+            }
+        });
+        Response::new(ReceiverStream::new(stream))
+    }
+}
+
+type DeltaStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
+
+fn delta_only() -> Status {
+    Status::unimplemented("only the delta protocol is served")
 }
 
 /// Version of a cluster that stands for one that does not exist.
@@ -66,30 +89,45 @@ type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
 #[tonic::async_trait]
 impl AggregatedDiscoveryService for Service {
     type StreamAggregatedResourcesStream = ReceiverStream<Result<DiscoveryResponse, Status>>;
-    type DeltaAggregatedResourcesStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
+    type DeltaAggregatedResourcesStream = DeltaStream;
 
     async fn stream_aggregated_resources(
         &self,
         _: Request<Streaming<DiscoveryRequest>>,
     ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        Err(Status::unimplemented("only the delta protocol is served"))
+        Err(delta_only())
     }
 
     async fn delta_aggregated_resources(
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let (responses, stream) = mpsc::channel(16);
-        let (publisher, counters) = (self.publisher.clone(), self.counters.clone());
-        tokio::spawn(async move {
-            let _open = Open::new(counters.clone(), |c| &c.discovery_streams);
-            let failed = responses.clone();
-            let peer = peer::of(&request);
-            if let Err(status) = serve(request.into_inner(), peer, publisher, counters, responses).await {
-                let _ = failed.send(Err(status)).await;
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(self.open(request))
+    }
+}
+
+/// Clusters alone, for an Envoy whose aggregated stream is somebody else's: a sidecar of istiod's.
+#[tonic::async_trait]
+impl ClusterDiscoveryService for Service {
+    type StreamClustersStream = ReceiverStream<Result<DiscoveryResponse, Status>>;
+    type DeltaClustersStream = DeltaStream;
+
+    async fn stream_clusters(
+        &self,
+        _: Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<Response<Self::StreamClustersStream>, Status> {
+        Err(delta_only())
+    }
+
+    async fn delta_clusters(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaClustersStream>, Status> {
+        Ok(self.open(request))
+    }
+
+    async fn fetch_clusters(&self, _: Request<DiscoveryRequest>) -> Result<Response<DiscoveryResponse>, Status> {
+        Err(delta_only())
     }
 }
 

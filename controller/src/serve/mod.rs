@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use portolan_proto::envoy::envoy::service::cluster::v3::cluster_discovery_service_server::ClusterDiscoveryServiceServer;
 use portolan_proto::envoy::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use portolan_proto::v1;
 use portolan_proto::v1::registry_server::RegistryServer;
@@ -88,11 +89,13 @@ impl Drop for Open {
     }
 }
 
-/// The services: `portolan.v1.Registry` and aggregated delta discovery.
+/// The services: `portolan.v1.Registry`, and delta discovery, aggregated and of clusters alone.
 pub fn router(publisher: Publisher, counters: Arc<Counters>) -> Routes {
     let registry = RegistryServer::new(registry::Service::new(publisher.clone(), counters.clone()));
-    let discovery = AggregatedDiscoveryServiceServer::new(discovery::Service::new(publisher, counters));
-    Routes::new(registry).add_service(discovery)
+    let discovery = discovery::Service::new(publisher, counters);
+    Routes::new(registry)
+        .add_service(ClusterDiscoveryServiceServer::new(discovery.clone()))
+        .add_service(AggregatedDiscoveryServiceServer::new(discovery))
 }
 
 /// The scope that a subscriber names.
