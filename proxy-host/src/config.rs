@@ -56,7 +56,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", help_heading = CONFIGURATION)]
     pub mesh: Option<PathBuf>,
     /// Address of a controller to use instead of files, as http://HOST:PORT or https://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config", help_heading = CONFIGURATION)]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["config", "mesh"], required_unless_present = "config", value_parser = controller, help_heading = CONFIGURATION)]
     pub controller: Option<String>,
     /// Authorities of the controller's certificate (PEM), for https
     #[arg(long, value_name = "FILE", requires = "controller", conflicts_with = "config", help_heading = CONFIGURATION)]
@@ -283,6 +283,17 @@ fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A controller's address as a URI.
+fn controller(text: &str) -> Result<String, String> {
+    let wrong = || "a controller is written http://HOST:PORT or https://HOST:PORT, for example http://10.0.0.1:15010";
+    let has_scheme = text.contains("://");
+    let address = if has_scheme { text.to_owned() } else { format!("http://{text}") };
+    let uri: http::Uri = address.parse().map_err(|_| wrong())?;
+    let is_known = matches!(uri.scheme_str(), Some("http" | "https"));
+    // A bare word may well be a file that was meant for another option.
+    if is_known && (has_scheme || uri.port().is_some()) { Ok(address) } else { Err(wrong().into()) }
+}
+
 fn name_server(text: &str) -> Result<SocketAddr, String> {
     let alone = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
     text.parse()
@@ -327,8 +338,7 @@ impl From<Args> for Config {
     fn from(args: Args) -> Self {
         let mut config = Self::of_files(Vec::new());
         config.source = match args.controller {
-            Some(address) if address.contains("://") => Source::Controller(address),
-            Some(address) => Source::Controller(format!("http://{address}")),
+            Some(address) => Source::Controller(address),
             None => Source::Files { paths: args.config, mesh: args.mesh },
         };
         let own = args.controller_cert.zip(args.controller_key);
@@ -408,7 +418,10 @@ mod tests {
     fn bad_usage_is_refused() {
         for args in [
             &[][..],
-            &["--config", "a", "--controller", "b"],
+            &["--config", "a", "--controller", "b:1"],
+            &["--controller", "b"],
+            &["--controller", "ftp://b:1"],
+            &["--controller", "http://"],
             &["--config", "a", "--controller-ca", "b"],
             &["--controller", "https://a", "--controller-ca", "b", "--controller-cert", "c"],
             &["--config", "a", "--labels", "x"],

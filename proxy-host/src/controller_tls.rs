@@ -30,7 +30,7 @@ pub struct ControllerTls {
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerTlsError {
     /// One cannot be read as PEM.
-    #[error("{}: {error}", path.display())]
+    #[error("{}: {error}; check the path, its permissions, and that it is PEM", path.display())]
     File {
         /// The file.
         path: PathBuf,

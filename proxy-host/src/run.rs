@@ -1,6 +1,9 @@
 //! A proxy from its arguments to its end: limits, signals, and what systemd is told.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use sd_notify::NotifyState;
 use tokio::{
@@ -36,6 +39,18 @@ pub fn run(args: Args) -> Result<(), AppError> {
         }
         Ok(_) => {}
         Err(error) => tracing::warn!("the limit of open files stays as it is: {error}"),
+    }
+    let folders = [
+        ("--credentials", config.credentials.as_deref()),
+        ("--mesh-certificates", config.identity.mesh_certificates.as_deref().map(Path::new)),
+    ];
+    for (option, folder) in folders {
+        if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+            tracing::warn!(
+                "{option}: {} is no folder yet; what needs its files is refused until it is",
+                folder.display()
+            );
+        }
     }
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let mut signals = {

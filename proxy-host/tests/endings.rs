@@ -6,7 +6,7 @@ mod raw_http2;
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpListener},
+    net::{Shutdown, SocketAddr},
     sync::mpsc::{Receiver, channel},
 };
 
@@ -110,8 +110,7 @@ fn an_upstream_that_ends_before_or_within_its_answer() {
 
 #[test]
 fn an_upstream_that_is_not_there_or_too_slow() {
-    // Closed again, so that nobody is there.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = SocketAddr::from(([127, 0, 0, 1], 1));
     let proxy = Proxy::start(nobody, "HTTP");
     let answer = proxy.send(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n");
     // What lies below is not the client's affair.

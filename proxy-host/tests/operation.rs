@@ -217,6 +217,10 @@ fn what_is_wrong_on_the_command_line_is_named() {
     assert!(complaint(&["--config", "/nowhere/at/all"]).contains("/nowhere/at/all: "));
     assert!(complaint(&["--config", ".", "--log-level", "loud"]).contains("\"loud\""));
     assert!(complaint(&["--config", ".", "--controller", "x:1"]).contains("--controller"));
+    assert!(complaint(&["--controller", "nonsense"]).contains("a controller is written http://HOST:PORT"));
+    let missing =
+        complaint(&["--controller", "https://a:1", "--controller-ca", "/nowhere/ca.pem", "--http-proxy", "[::1]:0"]);
+    assert!(missing.contains("/nowhere/ca.pem: ") && missing.contains("check the path"), "{missing}");
     assert!(complaint(&["capture", "print", "--istio-service-cidr", "10.0.0.0/40"]).contains("10.0.0.0/40"));
 }
 

@@ -72,6 +72,14 @@ impl Calm {
         io::Error::new(io::ErrorKind::InvalidData, why.to_owned())
     }
 
+    /// Notes a failure of the connection, which is its end.
+    fn told<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if let Poll::Ready(Err(_)) = &polled {
+            self.control.ends(End::Gone);
+        }
+        polled
+    }
+
     /// Whether the head under way takes too long.
     fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
         if self.header_time.is_zero() || !self.frames.in_head() {
@@ -125,7 +133,8 @@ impl AsyncRead for Calm {
 
 impl AsyncWrite for Calm {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let count = ready!(Pin::new(&mut self.inner).poll_write(cx, buf))?;
+        let wrote = Pin::new(&mut self.inner).poll_write(cx, buf);
+        let count = ready!(self.told(wrote))?;
         self.frames.wrote(&buf[..count]);
         Poll::Ready(Ok(count))
     }
@@ -135,7 +144,8 @@ impl AsyncWrite for Calm {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let count = ready!(Pin::new(&mut self.inner).poll_write_vectored(cx, bufs))?;
+        let wrote = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        let count = ready!(self.told(wrote))?;
         let mut rest = count;
         for buf in bufs {
             let part = rest.min(buf.len());
@@ -150,7 +160,8 @@ impl AsyncWrite for Calm {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        let flushed = Pin::new(&mut self.inner).poll_flush(cx);
+        self.told(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
