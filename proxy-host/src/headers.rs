@@ -295,7 +295,7 @@ mod tests {
         let orders = take_orders(&mut headers);
         assert_eq!(headers, map(&[("x-porto", "e")]));
         let hash = Some(HeaderValue::from_static("hash"));
-        let retries = Retries { own: true, base_ms: Some(50), ..Retries::default() };
+        let retries = Retries::default();
         assert_eq!(orders, Orders { hash, mirrors: vec!["mirror".into()], retries });
     }
 
