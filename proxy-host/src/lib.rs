@@ -27,6 +27,7 @@ pub mod exec;
 pub mod filter;
 pub mod filter_env;
 pub mod flags;
+mod gather;
 pub mod headers;
 pub mod idle;
 pub mod inherited;

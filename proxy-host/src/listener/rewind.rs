@@ -13,6 +13,8 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
+use crate::gather;
+
 /// Gives `read` again, then goes on with the connection.
 #[derive(Debug)]
 pub struct Rewind {
@@ -100,7 +102,7 @@ impl AsyncWrite for Rewind {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match &mut self.stream {
-            Side::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Side::Plain(stream) => gather::poll_write(stream, cx, bufs),
             Side::Secure(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }

@@ -15,6 +15,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::{Apart, Resolved, breakers::Taken, cluster::Address, options::Keepalive, proxy_protocol, tls::Connector};
 use crate::{
+    gather,
     listener::relay::Socket,
     stats::{self, UpstreamOpen},
 };
@@ -205,7 +206,7 @@ impl AsyncWrite for Stream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tcp(stream, _) => gather::poll_write(stream, cx, bufs),
             Self::Unix(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }

@@ -144,7 +144,7 @@ impl Vm {
         };
         let state = store.data_mut();
         state.memory = Some(memory);
-        state.allocate = Some(allocate.ok_or(StartError::Export("proxy_on_memory_allocate"))?);
+        state.allocate = Some(Rc::new(allocate.ok_or(StartError::Export("proxy_on_memory_allocate"))?));
 
         let mut vm = Self { instance: Instance { store, ticks: limits.ticks(), dead: false }, exports };
         vm.instance.call_opt("_initialize", ContextId(0), start.as_ref(), ())?;

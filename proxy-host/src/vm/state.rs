@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::rc::Rc;
 use std::sync::Arc;
 use wasmtime::{Memory, TypedFunc};
 
@@ -46,7 +47,8 @@ pub(super) struct HostState {
     pub(super) limits: MemoryLimit,
     /// None until the instance exists: a start function may already make hostcalls.
     pub(super) memory: Option<Memory>,
-    pub(super) allocate: Option<TypedFunc<u32, u32>>,
+    /// Shared, as a clone of the function itself counts references to its type, by atomics.
+    pub(super) allocate: Option<Rc<TypedFunc<u32, u32>>>,
 
     pub(super) roots: Vec<Root>,
     pub(super) streams: IdMap<Box<Stream>>,
