@@ -19,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio_rustls::TlsConnector;
+use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
@@ -113,7 +114,9 @@ async fn subscribe(channel: Channel, namespace: &str) -> Result<WatchResponse, S
     let scope = Scope { namespace: namespace.into(), ..Scope::default() };
     let subscribe = Subscribe { scope: Some(scope), format: FORMAT.into(), ..Subscribe::default() };
     let first = WatchRequest { message: Some(Message::Subscribe(subscribe)) };
-    let stream = RegistryClient::new(channel).watch(tokio_stream::iter([first])).await?;
+    // A subscriber that says no more has left: what is sent to it then is a matter of luck.
+    let requests = tokio_stream::iter([first]).chain(tokio_stream::pending());
+    let stream = RegistryClient::new(channel).watch(requests).await?;
     Ok(stream.into_inner().message().await?.unwrap())
 }
 
