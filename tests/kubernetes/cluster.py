@@ -106,20 +106,25 @@ class Cluster:
         return path
 
     def request(self, method, path, body=None, kind="application/json", user="admin"):
+        headers = {"Authorization": f"Bearer {self.tokens[user]}", "Content-Type": kind}
+        data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
         connection = getattr(self.local, "connection", None)
-        if connection is None:
-            context = ssl._create_unverified_context()
-            connection = self.local.connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
-        try:
-            headers = {"Authorization": f"Bearer {self.tokens[user]}", "Content-Type": kind}
-            data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-            connection.request(method, path, data, headers)
-            response = connection.getresponse()
-            text = response.read()
-        except Exception:
-            connection.close()
-            self.local.connection = None
-            raise
+        while True:
+            kept = connection is not None
+            if not kept:
+                context = ssl._create_unverified_context()
+                connection = self.local.connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
+            try:
+                connection.request(method, path, data, headers)
+                response = connection.getresponse()
+                text = response.read()
+                break
+            except Exception as error:
+                connection.close()
+                connection = self.local.connection = None
+                # The API server may end a connection at any time between two requests.
+                if not (kept and isinstance(error, (ConnectionError, ssl.SSLEOFError))):
+                    raise
         answer = json.loads(text) if text[:1] == b"{" else {"text": text.decode(), "message": text.decode()}
         answer["warnings"] = [v for k, v in response.getheaders() if k == "Warning"]
         if response.status >= 300:
