@@ -424,6 +424,8 @@ def one_of_two_controllers_writes_conditions(cluster):
     with Controller(cluster, "first", extra=["--write-status"]) as first, Controller(cluster, "second", extra=["--write-status"]) as second:
         told = until("the conflict is told", lambda: condition().get("status") == "True" and condition())
         assert "told/older" in told["message"], told
+        # Conditions and addresses are two writes, the addresses the later one.
+        until("an address is allocated", lambda: cluster.get(younger)["status"].get("addresses"))
         version = cluster.get(younger)["metadata"]["resourceVersion"]
         assert not cluster.get(older).get("status", {}).get("conditions"), "the one that wins has nothing to be told"
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": "portolan-system", "name": "portolan"}}
