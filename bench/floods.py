@@ -150,7 +150,7 @@ spec:
             spent = cpu(proxy.pid)
             row("no flood", healthy(), before, memory(proxy.pid), memory(proxy.pid), 1, cpu(proxy.pid) - spent)
             for name in only or FLOODS:
-                before = most = memory(proxy.pid)
+                before = memory(proxy.pid)
                 spent = cpu(proxy.pid)
                 flooding = subprocess.Popen([sys.executable, __file__, "--attack", name], stdout=subprocess.PIPE, text=True)
                 over = threading.Event()

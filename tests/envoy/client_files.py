@@ -5,14 +5,11 @@ go, and count from then on.
 PROXY is `envoy` or `proxy-host`. First the server's certificate and the authorities that it is checked by are new, then the
 certificate that the proxy shows. Runs in a network namespace of its own; needs root.
 """
-import http.server, os, pathlib, signal, socket, ssl, subprocess, sys, tempfile, threading, time
+import http.server, os, pathlib, signal, socket, ssl, subprocess, sys, tempfile, threading
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
-PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
-WASM = os.environ.get("FILTER_WASM", ROOT / "target/filter/wasm32-wasip1/wasm/portolan_filter.wasm")
-ENVOY = os.environ.get("ENVOY", ROOT / ".venv/bin/envoy")
-PATIENCE = 30
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from support import ENVOY, PORTOLAN, PROXY_HOST, WASM, until  # noqa: E402
+
 PROXY = ("127.0.0.1", 15080)
 OBJECTS = """
 apiVersion: networking.istio.io/v1
@@ -104,19 +101,6 @@ def answer():
     return int(head[9:12]), body.decode()
 
 
-def until(wanted):
-    end, found = time.monotonic() + PATIENCE, None
-    while time.monotonic() < end:
-        try:
-            found = answer()
-        except (OSError, ValueError) as error:
-            found = error
-        if found == wanted:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"expected {wanted}, last {found!r}")
-
-
 def run(kind, mode):
     (own, key, authorities), tls = MODES[mode]
     with tempfile.TemporaryDirectory() as folder:
@@ -137,14 +121,14 @@ def run(kind, mode):
                         [ENVOY, "-c", f"{folder}/envoy.yaml", "--concurrency", "1", "--use-dynamic-base-id", "-l", "warn"]]
         processes = [subprocess.Popen([str(word) for word in command], stdout=log, stderr=log) for command in commands]
         try:
-            until((200, "client-1"))
+            until("client-1 is answered", answer, done=lambda found: found == (200, "client-1"))
             server.context = server_tls(servers[1], clients)
             assert answer()[0] == 503, "a server that nobody vouches for"
             place(f"{folder}/tls/{authorities}", servers[1][0])
-            until((200, "client-1"))
+            until("client-1 is answered", answer, done=lambda found: found == (200, "client-1"))
             for name, file in zip((own, key), clients[1]):
                 place(f"{folder}/tls/{name}", file)
-            until((200, "client-2"))
+            until("client-2 is answered", answer, done=lambda found: found == (200, "client-2"))
             print(f"files of {mode}, {kind}: ok")
         except AssertionError:
             print(open(f"{folder}/log").read()[-3000:], file=sys.stderr)

@@ -5,14 +5,11 @@ its authorities know only those with a pinned key or certificate are let in.
 PROXY is `envoy` or `proxy-host`. The Gateway names a secret, which is a folder. Runs in a network namespace of its own;
 needs root.
 """
-import os, pathlib, signal, socket, ssl, subprocess, sys, tempfile, time
+import os, pathlib, signal, socket, ssl, subprocess, sys, tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
-PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
-WASM = os.environ.get("FILTER_WASM", ROOT / "target/filter/wasm32-wasip1/wasm/portolan_filter.wasm")
-ENVOY = os.environ.get("ENVOY", ROOT / ".venv/bin/envoy")
-PATIENCE = 30
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from support import ENVOY, PORTOLAN, PROXY_HOST, WASM, until  # noqa: E402
+
 GATEWAY = """
 apiVersion: networking.istio.io/v1
 kind: Gateway
@@ -70,16 +67,7 @@ def let_in(folder, name, port):
 
 
 def served(wanted):
-    end, found = time.monotonic() + PATIENCE, None
-    while time.monotonic() < end:
-        try:
-            found = ssl.get_server_certificate(("127.0.0.1", 8443), timeout=2)
-        except OSError as error:
-            found = error
-        if isinstance(found, str) and found.split() == wanted.split():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"another certificate: {found}")
+    until("the certificate is served", lambda: ssl.get_server_certificate(("127.0.0.1", 8443), timeout=2).split(), done=lambda found: found == wanted.split())
 
 
 def run(kind):

@@ -1,16 +1,12 @@
 """What the scenarios share: a controller and a proxy in the namespace of tests/conformance/rig.py, and what can go wrong between them."""
 import json, os, pathlib, random, re, signal, socket, subprocess, sys, tempfile, threading, time, urllib.request
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/conformance"))
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "conformance")]
 import rig                                                                                          # noqa: E402
+from support import ENVOY, PATIENCE, PORTOLAN, PROXY_HOST, WASM, until                              # noqa: E402, F401
 
-PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
-PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
-WASM = os.environ.get("FILTER_WASM", ROOT / "target/filter/wasm32-wasip1/wasm/portolan_filter.wasm")
-ENVOY = os.environ.get("ENVOY", ROOT / ".venv/bin/envoy")
 CONTROLLER, ADMIN, GATE, ENVOY_ADMIN = 15010, 15014, 15012, 15015
-PATIENCE = 15
 SCENARIOS = []
 
 
@@ -23,21 +19,6 @@ def of_envoy(function):
     """A scenario that only concerns Envoy: proxy-host's own tests have it."""
     function.only = "envoy"
     return function
-
-
-def until(what, function, limit=PATIENCE):
-    """Calls function until it says something true; the event is awaited, not slept for."""
-    end = time.monotonic() + limit
-    last = None
-    while time.monotonic() < end:
-        try:
-            last = function()
-            if last:
-                return last
-        except OSError as error:
-            last = error
-        time.sleep(0.01)
-    raise AssertionError(f"{what}: not within {limit} s, last {last!r}")
 
 
 def entry(name, host, ports, address=None, extra=""):

@@ -3,35 +3,15 @@
 our module and a controller that has the same resources. What an agent would do is done here: the module is a file, the way to
 the controller has no TLS, the certificate is a file. Ports are free ones; istio-proxy's own filters are not in Envoy, and left out.
 """
-import contextlib, http.client, http.server, json, os, pathlib, socket, ssl, subprocess, sys, tempfile, threading, time
+import contextlib, http.client, http.server, json, pathlib, socket, ssl, subprocess, sys, tempfile, threading
 
 import yaml
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
-WASM = os.environ.get("FILTER_WASM", ROOT / "target/filter/wasm32-wasip1/wasm/portolan_filter.wasm")
-ENVOY = os.environ.get("ENVOY", ROOT / ".venv/bin/envoy")
+sys.path.insert(0, str(HERE.parent))
+from support import ENVOY, PORTOLAN, WASM, free_port, until  # noqa: E402
+
 HOST = "api.example.org"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def until(what, function, limit=30):
-    end, last = time.monotonic() + limit, None
-    while time.monotonic() < end:
-        try:
-            last = function()
-            if last:
-                return last
-        except (OSError, http.client.HTTPException) as error:
-            last = error
-        time.sleep(0.02)
-    raise AssertionError(f"{what}: not within {limit} s, last {last!r}")
 
 
 class Origin(http.server.BaseHTTPRequestHandler):

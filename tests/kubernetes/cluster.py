@@ -1,37 +1,18 @@
 """A real kube-apiserver with its etcd on loopback, and a client of it. There is no scheduler and no kubelet: Pods have the
 status that a test writes."""
-import contextlib, http.client, json, os, pathlib, re, secrets, signal, socket, ssl, subprocess, tempfile, threading, time, urllib.parse
+import contextlib, http.client, json, os, pathlib, re, secrets, signal, ssl, subprocess, sys, tempfile, threading, urllib.parse
 
 import yaml
 
-PATIENCE = 30
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from support import PATIENCE, free_port, until  # noqa: E402
+
 ISTIO = "networking.istio.io/v1"
 PLURALS = {"ServiceEntry": "serviceentries", "WorkloadEntry": "workloadentries", "VirtualService": "virtualservices",
            "DestinationRule": "destinationrules", "Gateway": "gateways", "Sidecar": "sidecars",
            "EndpointSlice": "endpointslices", "NetworkPolicy": "networkpolicies", "Ingress": "ingresses",
            "PodDisruptionBudget": "poddisruptionbudgets", "ServiceMonitor": "servicemonitors", "PrometheusRule": "prometheusrules"}
 CLUSTER_WIDE = {"Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"}
-
-
-def until(what, function, limit=PATIENCE, pause=0.02):
-    """Calls function until it says something true; the event is awaited, not slept for."""
-    end = time.monotonic() + limit
-    last = None
-    while time.monotonic() < end:
-        try:
-            last = function()
-            if last:
-                return last
-        except (OSError, http.client.HTTPException) as error:
-            last = error
-        time.sleep(pause)
-    raise AssertionError(f"{what}: not within {limit} s, last {last!r}")
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Refused(Exception):

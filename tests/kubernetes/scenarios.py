@@ -8,11 +8,9 @@ import threading, time, traceback, urllib.request
 
 import promql_parser
 
-from cluster import ISTIO, Cluster, Refused, documents, free_port, metric, until
+from cluster import ISTIO, Cluster, Refused, documents, metric
+from support import PORTOLAN, PROXY_HOST, ROOT, free_port, until
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PORTOLAN = os.environ.get("PORTOLAN", ROOT / "target/debug/portolan")
-PROXY_HOST = os.environ.get("PROXY_HOST", ROOT / "target/debug/proxy-host")
 ENTRIES = int(os.environ.get("ENTRIES", 5000))
 SCENARIOS = []
 
