@@ -6,8 +6,6 @@ use crate::hash;
 use crate::route::{Route, TextMatch};
 use crate::wire::varint;
 
-/// Bits for each route: with two probes one part in twenty is read in vain.
-const BITS: usize = 8;
 const SEED: u64 = 3;
 
 /// Which bits, of so many, stand for a hash.
@@ -33,7 +31,8 @@ pub(crate) fn write(routes: &[&Route]) -> Vec<u8> {
     if length == 0 {
         return out;
     }
-    let mut bits = vec![0u8; (beginnings.len() * BITS).div_ceil(8)];
+    // A byte for each route: with two probes one part in twenty is read in vain.
+    let mut bits = vec![0u8; beginnings.len()];
     let count = bits.len() * 8;
     for text in beginnings {
         let hash = hash::checksum(SEED, text.get(..usize::from(length)).unwrap_or(text));

@@ -206,27 +206,22 @@ fn condition() -> impl Strategy<Value = Condition> {
 
 fn table() -> impl Strategy<Value = Vec<Route>> {
     let one = (text(), any::<bool>(), prop::collection::vec(condition(), 0..3), 0usize..300);
-    prop::collection::vec(one, 0..60).prop_map(|list| {
-        let numbered = list.into_iter().enumerate();
-        let made = numbered.map(|(i, (path, ignore_case, conditions, padding))| {
-            let made = route(&format!("r{i}-{}", "x".repeat(padding)), path, conditions);
-            Route { ignore_case, ..made }
-        });
-        made.collect()
-    })
+    prop::collection::vec(one, 0..60).prop_map(numbered)
 }
 
 /// A table of several parts.
 fn plain_table() -> impl Strategy<Value = Vec<Route>> {
     let one = (beginning(), prop::bool::weighted(0.01), prop::collection::vec(condition(), 0..2), 0usize..60);
-    prop::collection::vec(one, 50..120).prop_map(|list| {
-        let numbered = list.into_iter().enumerate();
-        let made = numbered.map(|(i, (path, ignore_case, conditions, padding))| {
-            let made = route(&format!("r{i}-{}", "x".repeat(padding)), path, conditions);
-            Route { ignore_case, ..made }
-        });
-        made.collect()
-    })
+    prop::collection::vec(one, 50..120).prop_map(numbered)
+}
+
+/// Routes by path, whether case counts, conditions, and by how much their names are longer than they need be.
+fn numbered(list: Vec<(TextMatch, bool, Vec<Condition>, usize)>) -> Vec<Route> {
+    let made = list.into_iter().enumerate().map(|(i, (path, ignore_case, conditions, padding))| {
+        let made = route(&format!("r{i}-{}", "x".repeat(padding)), path, conditions);
+        Route { ignore_case, ..made }
+    });
+    made.collect()
 }
 
 /// The same rules, written for reading.
