@@ -5,9 +5,10 @@ use std::{
     cmp::Ordering,
     collections::{BTreeMap, BinaryHeap},
     rc::Rc,
+    time::{Duration, Instant},
 };
 
-use super::{cluster::Policy, hash::Table};
+use super::{cluster::Policy, hash::Table, options::Warmup};
 
 /// What a balancer has to know of an endpoint.
 pub trait Weighted {
@@ -21,6 +22,8 @@ pub trait Weighted {
     fn locality(&self) -> (usize, u32);
     /// What its place among hashes depends on: its address.
     fn key(&self) -> String;
+    /// How long it has been there.
+    fn age(&self) -> Duration;
 }
 
 /// How endpoints are picked.
@@ -32,6 +35,8 @@ pub struct Rules {
     pub localities: bool,
     /// Where fewer endpoints than this are well, in percent, all are used.
     pub panic: u32,
+    /// How new endpoints begin, where turns or load decide.
+    pub warmup: Option<Warmup>,
 }
 
 /// Picks among the endpoints of one cluster on one thread.
@@ -56,6 +61,8 @@ struct Group<E> {
     table: Option<Table>,
     /// Earliest deadline first, where weights differ (Envoy's EDF scheduler).
     schedule: Option<RefCell<BinaryHeap<Deadline>>>,
+    /// How new endpoints begin, and until when weights that are equal differ by that.
+    warmup: Option<(Warmup, Option<Instant>)>,
 }
 
 #[derive(PartialEq)]
@@ -163,10 +170,10 @@ impl<E: Weighted> Level<E> {
             // All of them have places in one table.
             let weights: Vec<u64> = groups.iter().flat_map(|(weight, used)| shares(*weight, used)).collect();
             let used: Vec<_> = groups.drain(..).flat_map(|(_, used)| used).collect();
-            let group = Group::new(rules.policy, used, Some(&weights));
+            let group = Group::new(rules, used, Some(&weights));
             return Self { load, groups: vec![(1, group)], total: 1 };
         }
-        let groups: Vec<_> = groups.into_iter().map(|(w, used)| (w, Group::new(rules.policy, used, None))).collect();
+        let groups: Vec<_> = groups.into_iter().map(|(w, used)| (w, Group::new(rules, used, None))).collect();
         Self { load, total: groups.iter().map(|g| g.0).sum(), groups }
     }
 
@@ -194,8 +201,14 @@ fn shares<E: Weighted>(weight: u64, members: &[Rc<E>]) -> Vec<u64> {
     members.iter().map(|member| (weight * u64::from(member.weight()) * 1000 / total.max(1)).max(1)).collect()
 }
 
+/// The weight of an endpoint that may be new.
+fn weight(endpoint: &impl Weighted, warmup: Option<(Warmup, Option<Instant>)>) -> f64 {
+    f64::from(endpoint.weight()) * warmup.map_or(1.0, |(warmup, _)| warmup.factor(endpoint.age()))
+}
+
 impl<E: Weighted> Group<E> {
-    fn new(policy: Policy, endpoints: Vec<Rc<E>>, weights: Option<&[u64]>) -> Self {
+    fn new(rules: Rules, endpoints: Vec<Rc<E>>, weights: Option<&[u64]>) -> Self {
+        let policy = rules.policy;
         let members = || -> Vec<_> {
             let weights = weights.unwrap_or_default().iter().copied();
             endpoints.iter().map(|endpoint| endpoint.key()).zip(weights).collect()
@@ -206,17 +219,22 @@ impl<E: Weighted> Group<E> {
             Policy::RoundRobin | Policy::LeastRequest | Policy::Random => None,
         };
         let equal = endpoints.windows(2).all(|pair| pair[0].weight() == pair[1].weight());
-        let schedule = (!equal).then(|| {
+        let warmup = rules.warmup.filter(|_| matches!(policy, Policy::RoundRobin | Policy::LeastRequest));
+        let youngest = endpoints.iter().map(|endpoint| endpoint.age()).min().unwrap_or(Duration::MAX);
+        let warmup = warmup.filter(|warmup| youngest < warmup.window);
+        let until = warmup.map(|warmup| Instant::now() + warmup.window.saturating_sub(youngest));
+        let warmup = warmup.map(|warmup| (warmup, until.filter(|_| equal)));
+        let schedule = (!equal || warmup.is_some()).then(|| {
             let mut heap = BinaryHeap::with_capacity(endpoints.len());
             for (index, endpoint) in endpoints.iter().enumerate() {
                 // Each starts somewhere in its first turn, so that threads and new snapshots do not march in step.
-                let at = fastrand::f64() / f64::from(endpoint.weight());
+                let at = fastrand::f64() / weight(endpoint.as_ref(), warmup);
                 heap.push(Deadline { at, order: index as u64, index });
             }
             RefCell::new(heap)
         });
         let next = Cell::new(if endpoints.is_empty() { 0 } else { fastrand::usize(..endpoints.len()) });
-        Self { policy, endpoints, next, table, schedule }
+        Self { policy, endpoints, next, table, schedule, warmup }
     }
 
     fn pick(&self, hash: Option<(u64, u32)>) -> Option<Rc<E>> {
@@ -228,7 +246,8 @@ impl<E: Weighted> Group<E> {
             let (hash, attempt) = hash.unwrap_or_else(|| (fastrand::u64(..), 0));
             return table.choose(hash, attempt).and_then(|at| self.endpoints.get(at)).cloned();
         }
-        if let Some(schedule) = &self.schedule {
+        let even = matches!(self.warmup, Some((_, Some(until))) if Instant::now() >= until);
+        if let Some(schedule) = self.schedule.as_ref().filter(|_| !even) {
             let mut schedule = schedule.borrow_mut();
             let due = schedule.pop()?;
             let endpoint = self.endpoints.get(due.index)?;
@@ -236,7 +255,7 @@ impl<E: Weighted> Group<E> {
                 Policy::LeastRequest => f64::from(endpoint.active()) + 1.0,
                 _ => 1.0,
             };
-            let at = due.at + load / f64::from(endpoint.weight());
+            let at = due.at + load / weight(endpoint.as_ref(), self.warmup);
             schedule.push(Deadline { at, order: due.order + self.endpoints.len() as u64, index: due.index });
             return Some(endpoint.clone());
         }
@@ -267,6 +286,7 @@ mod tests {
         priority: u32,
         locality: (usize, u32),
         ill: bool,
+        age: Duration,
     }
 
     impl Weighted for Fake {
@@ -285,15 +305,18 @@ mod tests {
         fn key(&self) -> String {
             self.name.to_string()
         }
+        fn age(&self) -> Duration {
+            self.age
+        }
     }
 
     fn fake(name: u32) -> Fake {
-        Fake { name, weight: 1, active: 0, priority: 0, locality: (0, 1), ill: false }
+        Fake { name, weight: 1, active: 0, priority: 0, locality: (0, 1), ill: false, age: Duration::MAX }
     }
 
     fn counts(policy: Policy, localities: bool, endpoints: Vec<Fake>, picks: usize) -> BTreeMap<u32, usize> {
         let endpoints: Vec<_> = endpoints.into_iter().map(Rc::new).collect();
-        let rules = Rules { policy, localities, panic: 50 };
+        let rules = Rules { policy, localities, panic: 50, warmup: None };
         let balancer = Balancer::new(rules, &endpoints, |endpoint| !endpoint.ill);
         let mut out = BTreeMap::new();
         for _ in 0..picks {
@@ -360,16 +383,37 @@ mod tests {
 
     #[test]
     fn without_panic_nothing_is_used_that_is_not_well() {
-        let rules = Rules { policy: Policy::Random, localities: false, panic: 0 };
+        let rules = Rules { policy: Policy::Random, localities: false, panic: 0, warmup: None };
         let balancer = Balancer::new(rules, &[Rc::new(ill(1))], |endpoint| !endpoint.ill);
         assert!(balancer.pick(None).is_none());
+    }
+
+    const WARMUP: Warmup = Warmup { window: Duration::from_secs(100), aggression: 1000, least: 100 };
+
+    #[test]
+    fn a_new_endpoint_begins_with_less() {
+        for policy in [Policy::RoundRobin, Policy::LeastRequest] {
+            let endpoints = [fake(1), Fake { age: Duration::from_secs(25), ..fake(2) }].map(Rc::new);
+            let rules = Rules { policy, localities: false, panic: 50, warmup: Some(WARMUP) };
+            let balancer = Balancer::new(rules, &endpoints, |_| true);
+            let new = (0..500).filter(|_| balancer.pick(None).unwrap().name == 2).count();
+            assert!((98..=102).contains(&new), "{policy:?}: {new}");
+        }
+    }
+
+    #[test]
+    fn the_weight_of_a_new_endpoint_grows() {
+        let at = |warmup: Warmup, seconds| (warmup.factor(Duration::from_secs(seconds)) * 1000.0).round();
+        let steep = Warmup { aggression: 2000, ..WARMUP };
+        assert_eq!([0, 5, 25, 64, 100].map(|s| at(WARMUP, s)), [100.0, 100.0, 250.0, 640.0, 1000.0]);
+        assert_eq!([0, 25, 64, 100].map(|s| at(steep, s)), [100.0, 500.0, 800.0, 1000.0]);
     }
 
     #[test]
     fn a_hash_stays_with_its_endpoint_while_that_is_well() {
         for policy in [Policy::RingHash(1024), Policy::Maglev(65537)] {
             let endpoints: Vec<_> = (0..5).map(|name| Rc::new(fake(name))).collect();
-            let rules = Rules { policy, localities: false, panic: 0 };
+            let rules = Rules { policy, localities: false, panic: 0, warmup: None };
             let place = |balancer: &Balancer<Fake>, hash| balancer.pick(Some((hash, 0))).unwrap().name;
             let all = Balancer::new(rules, &endpoints, |_| true);
             let again = Balancer::new(rules, &endpoints, |_| true);
@@ -390,7 +434,7 @@ mod tests {
 
     #[test]
     fn nothing_to_pick_from_is_none() {
-        let rules = Rules { policy: Policy::Random, localities: true, panic: 50 };
+        let rules = Rules { policy: Policy::Random, localities: true, panic: 50, warmup: None };
         assert!(Balancer::<Fake>::new(rules, &[], |_| true).pick(None).is_none());
     }
 }

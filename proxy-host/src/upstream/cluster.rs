@@ -404,11 +404,14 @@ fn protocol(cluster: &Cluster) -> Result<Protocol, ClusterError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use options::Warmup;
     use portolan_proto::envoy::envoy::config::{
-        cluster::v3::cluster::CustomClusterType,
+        cluster::v3::cluster::{CustomClusterType, RoundRobinLbConfig, SlowStartConfig},
         core::v3::{self as core, TransportSocket},
         endpoint::v3 as endpoint,
     };
+    use portolan_proto::envoy::envoy::r#type::v3::Percent;
+    use portolan_proto::envoy::google::protobuf;
 
     fn at(address: &str, port: u32) -> endpoint::LbEndpoint {
         let socket = core::SocketAddress {
@@ -456,6 +459,24 @@ mod tests {
         let named = || vec![at("a.com", 80)];
         assert!(matches!(Spec::read(cluster(DiscoveryType::Static, named())), Err(ClusterError::Address(_))));
         assert_eq!(count(&Spec::read(cluster(DiscoveryType::LogicalDns, named())).unwrap()), 1);
+    }
+
+    #[test]
+    fn a_warmup_is_read_with_envoys_defaults() {
+        let window = Some(protobuf::Duration { seconds: 30, nanos: 0 });
+        let started = |settings: SlowStartConfig| {
+            let mut cluster = cluster(DiscoveryType::Static, vec![at("1.2.3.4", 80)]);
+            let slow_start_config = Some(settings);
+            cluster.lb_config = Some(LbConfig::RoundRobinLbConfig(RoundRobinLbConfig { slow_start_config }));
+            Spec::read(cluster).unwrap().options.warmup
+        };
+        let warmup = |aggression, least| Some(Warmup { window: Duration::from_secs(30), aggression, least });
+        let bare = SlowStartConfig { slow_start_window: window, ..SlowStartConfig::default() };
+        assert_eq!(started(bare.clone()), warmup(1000, 100));
+        let aggression = Some(core::RuntimeDouble { default_value: 1.5, ..Default::default() });
+        let min_weight_percent = Some(Percent { value: 25.0 });
+        assert_eq!(started(SlowStartConfig { aggression, min_weight_percent, ..bare }), warmup(1500, 250));
+        assert_eq!(started(SlowStartConfig::default()), None);
     }
 
     #[test]

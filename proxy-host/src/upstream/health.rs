@@ -29,6 +29,8 @@ struct State {
 /// What is known of one endpoint.
 #[derive(Debug, Default)]
 pub struct Health {
+    /// When it was first there.
+    since: Option<Instant>,
     errors: AtomicU32,
     gateway_errors: AtomicU32,
     local: AtomicU32,
@@ -74,7 +76,8 @@ impl Shared {
     #[must_use]
     pub fn host(&self, addresses: &[Address]) -> Arc<Health> {
         let mut hosts = self.0.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        hosts.entry(addresses.to_vec()).or_default().clone()
+        let new = || Arc::new(Health { since: Some(Instant::now()), ..Health::default() });
+        hosts.entry(addresses.to_vec()).or_insert_with(new).clone()
     }
 
     /// What is going on.
@@ -165,6 +168,12 @@ impl Shared {
 }
 
 impl Health {
+    /// How long it has been there.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.map_or(Duration::MAX, |since| since.elapsed())
+    }
+
     /// Whether it is left out now, in milliseconds since the cluster's begin.
     #[must_use]
     pub fn is_ejected(&self, now: u64) -> bool {

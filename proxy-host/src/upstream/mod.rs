@@ -17,7 +17,7 @@ use std::{
     net::SocketAddr,
     rc::{Rc, Weak},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -103,7 +103,7 @@ pub struct Endpoint {
     locality: (usize, u32),
     active: Cell<u32>,
     pool: http::Pool,
-    /// Where endpoints that fail are left out.
+    /// Where endpoints that fail are left out, or new ones begin with less.
     health: Option<Arc<Health>>,
 }
 
@@ -122,6 +122,9 @@ impl Weighted for Endpoint {
     }
     fn key(&self) -> String {
         self.addresses.first().map(ToString::to_string).unwrap_or_default()
+    }
+    fn age(&self) -> Duration {
+        self.health.as_ref().map_or(Duration::MAX, |health| health.age())
     }
 }
 
@@ -191,7 +194,8 @@ impl Cluster {
                         kept.clone()
                     }
                     _ => {
-                        let health = spec.options.ejection.as_ref().map(|_| spec.shared.host(&new.at));
+                        let known = spec.options.ejection.is_some() || spec.options.warmup.is_some();
+                        let health = known.then(|| spec.shared.host(&new.at));
                         let new = Endpoint::new(new.at.clone(), new.weight, new.priority, new.locality);
                         Rc::new(Endpoint { health, ..new })
                     }
@@ -396,14 +400,14 @@ impl Cluster {
 }
 
 fn rules(spec: &Resolved) -> Rules {
-    Rules { policy: spec.policy, localities: spec.weighted_localities, panic: spec.options.panic }
+    let (panic, warmup) = (spec.options.panic, spec.options.warmup);
+    Rules { policy: spec.policy, localities: spec.weighted_localities, panic, warmup }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use cluster::{Policy, Protocol};
-    use std::time::Duration;
 
     fn spec(discovery: Discovery<Vec<Address>>) -> Arc<Resolved> {
         Arc::new(Spec {

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use portolan_proto::envoy::envoy::{
     config::{
-        cluster::v3::{Cluster, OutlierDetection},
+        cluster::v3::{Cluster, OutlierDetection, cluster::LbConfig},
         common::matcher::v3::{MatchPredicate, match_predicate::Rule},
         core::v3::{
             DataSource, TransportSocket, data_source::Specifier, proxy_protocol_config, transport_socket::ConfigType,
@@ -57,6 +57,8 @@ pub struct Options {
     pub ejection: Option<Ejection>,
     /// Where fewer endpoints than this are well, in percent, all are used.
     pub panic: u32,
+    /// How new endpoints begin.
+    pub warmup: Option<Warmup>,
 }
 
 impl Default for Options {
@@ -72,7 +74,32 @@ impl Default for Options {
             limits: Limits::default(),
             ejection: None,
             panic: PANIC,
+            warmup: None,
         }
+    }
+}
+
+/// Envoy's slow start: the weight of a new endpoint grows for a while. `DestinationRule.trafficPolicy.loadBalancer.warmup`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Warmup {
+    /// For how long.
+    pub window: Duration,
+    /// How steeply, in thousandths: from 1,000, evenly, on it grows faster at the beginning.
+    pub aggression: u32,
+    /// Least share of its weight, in thousandths.
+    pub least: u32,
+}
+
+impl Warmup {
+    /// Which part of its weight an endpoint of this age has.
+    #[must_use]
+    pub fn factor(&self, age: Duration) -> f64 {
+        if age >= self.window {
+            return 1.0;
+        }
+        let passed = age.max(Duration::from_millis(1)).as_secs_f64() / self.window.as_secs_f64();
+        let grown = passed.powf(1000.0 / f64::from(self.aggression));
+        grown.max(f64::from(self.least) / 1000.0)
     }
 }
 
@@ -205,7 +232,29 @@ pub fn read(cluster: &Cluster) -> Result<Options, ClusterError> {
         limits: limits(cluster),
         ejection: cluster.outlier_detection.as_ref().map(|settings| ejection(settings, codes)),
         panic: panic.map_or(PANIC, |panic| percent(panic.value)),
+        warmup: warmup(cluster),
     })
+}
+
+fn warmup(cluster: &Cluster) -> Option<Warmup> {
+    let settings = match cluster.lb_config.as_ref()? {
+        LbConfig::RoundRobinLbConfig(config) => config.slow_start_config.as_ref()?,
+        LbConfig::LeastRequestLbConfig(config) => config.slow_start_config.as_ref()?,
+        _ => return None,
+    };
+    let aggression = settings.aggression.as_ref().map_or(1.0, |aggression| aggression.default_value);
+    let least = settings.min_weight_percent.as_ref().map_or(10.0, |least| least.value);
+    Some(Warmup {
+        window: time(settings.slow_start_window.as_ref()).filter(|window| !window.is_zero())?,
+        // As Envoy takes what makes no sense.
+        aggression: if aggression > 0.0 { thousandths(aggression).max(1) } else { 1000 },
+        least: thousandths(least / 100.0).min(1000),
+    })
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates")]
+fn thousandths(value: f64) -> u32 {
+    (value * 1000.0).round() as u32
 }
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 100")]
