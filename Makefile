@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-istio test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
+.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
 # tests/conformance/select_cases.py names.
@@ -42,6 +42,9 @@ test-envoy: build  ## a real Envoy, and proxy-host, while things change or fail;
 
 test-istio:  ## what istiod makes of deploy/istio leaves no way around the filter (recorded; gen-istio records anew)
 	tests/istio/check.py
+
+test-mesh: build wasm  ## deploy/istio in a mesh that lives: istiod, agents, Envoys; not in `make test` (root, Go: minutes at first)
+	tests/istio/live.sh
 
 test-kubernetes: build  ## a real API server and etcd (needs Go once, to build them); the chart with helm
 	tests/kubernetes/run.sh

@@ -8,9 +8,9 @@ V3 = "type.googleapis.com/envoy.extensions"
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def wasm(kind, root):
+def wasm(kind, root, name):
     """The module for a filter that istiod does not place itself; the agent fetches it as it does a WasmPlugin's."""
-    return {"name": root.replace("_", "-"), "typed_config": {
+    return {"name": name, "typed_config": {
         "@type": f"{V3}.filters.{kind}.wasm.v3.Wasm",
         "config": {
             "name": root, "root_id": root, "fail_open": False,
@@ -20,8 +20,8 @@ def wasm(kind, root):
         }}}
 
 
-def discovered(kind, root):
-    return {"name": root.replace("_", "-"), "config_discovery": {
+def discovered(kind, name):
+    return {"name": name, "config_discovery": {
         "config_source": {"ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3"},
         "type_urls": [f"{V3}.filters.{kind}.wasm.v3.Wasm"]}}
 
@@ -76,12 +76,16 @@ OURS = ["x-portolan-cluster", "x-portolan-destination", "x-portolan-retry", "x-p
 BY_HEADER = {"request_headers_to_remove": OURS, "route": {"cluster_header": "x-portolan-cluster"}}
 
 
+# istiod gives a proxy the extension configurations of every EnvoyFilter that selects it, whatever their context, and Envoy refuses
+# them all when a name is there twice: sidecars.yaml in the root namespace selects gateways too.
+TCP_FILTER = {"SIDECAR_OUTBOUND": "portolan-tcp", "GATEWAY": "portolan-gateway-tcp"}
+
+
 def common(context):
-    """What a proxy of either kind needs: the controller, the modules, and clusters on demand."""
+    """What a proxy of either kind needs: the controller, the module for connections, and clusters on demand."""
     return [
         patch("CLUSTER", context, "ADD", controller()),
-        patch("EXTENSION_CONFIG", context, "ADD", wasm("http", "portolan_http")),
-        patch("EXTENSION_CONFIG", context, "ADD", wasm("network", "portolan_tcp")),
+        patch("EXTENSION_CONFIG", context, "ADD", wasm("network", "portolan_tcp", TCP_FILTER[context])),
         patch("HTTP_FILTER", context, "INSERT_BEFORE", on_demand(), **ROUTER),
     ]
 
@@ -92,20 +96,22 @@ def tcp(context):
     proxy = {"name": "envoy.filters.network.tcp_proxy", "typed_config": {
         "@type": f"{V3}.filters.network.tcp_proxy.v3.TcpProxy",
         "on_demand": {"odcds_config": on_stream(), "timeout": "2s"}}}
-    return [patch("NETWORK_FILTER", context, "INSERT_BEFORE", discovered("network", "portolan_tcp"), **TCP_PROXY),
+    return [patch("NETWORK_FILTER", context, "INSERT_BEFORE", discovered("network", TCP_FILTER[context]), **TCP_PROXY),
             patch("NETWORK_FILTER", context, "MERGE", proxy, **TCP_PROXY)]
 
 
 def closed():
     """What was sent to the proxy's own port istiod ends; the filter could send it round in circles."""
-    chain = {"name": "virtualOutbound-blackhole", "filter": {"name": "portolan-tcp"}}
+    chain = {"name": "virtualOutbound-blackhole", "filter": {"name": TCP_FILTER["SIDECAR_OUTBOUND"]}}
     return [patch("NETWORK_FILTER", "SIDECAR_OUTBOUND", "REMOVE", None, listener={"name": "virtualOutbound", "filterChain": chain})]
 
 
 def unknown():
-    """Hosts that istiod does not know: in place of what its outbound traffic policy makes of them."""
-    return [patch("HTTP_ROUTE", "SIDECAR_OUTBOUND", "MERGE", BY_HEADER, routeConfiguration={"vhost": {"name": name}})
-            for name in ("allow_any", "allow_any_dynamic_dns", "block_all")]
+    """Hosts that istiod does not know: in place of what its outbound traffic policy makes of them. Those that it knows keep their
+    route; the filter decides about them as well, and its headers go no further."""
+    return [patch("ROUTE_CONFIGURATION", "SIDECAR_OUTBOUND", "MERGE", {"request_headers_to_remove": OURS}, routeConfiguration={}),
+            *(patch("HTTP_ROUTE", "SIDECAR_OUTBOUND", "MERGE", {"route": BY_HEADER["route"]}, routeConfiguration={"vhost": {"name": name}})
+              for name in ("allow_any", "allow_any_dynamic_dns", "block_all"))]
 
 
 def sniffed():
@@ -115,7 +121,7 @@ def sniffed():
         "normalize_path": True, "stream_idle_timeout": "0s", "upgrade_configs": [{"upgrade_type": "websocket"}],
         "route_config": {"name": "portolan", "virtual_hosts": [{"name": "portolan", "domains": ["*"], "routes": [
             {"match": {"prefix": "/"}, **BY_HEADER}]}]},
-        "http_filters": [discovered("http", "portolan_http"), on_demand(), {"name": "envoy.filters.http.router", "typed_config": {
+        "http_filters": [discovered("http", "portolan-http"), on_demand(), {"name": "envoy.filters.http.router", "typed_config": {
             "@type": f"{V3}.filters.http.router.v3.Router"}}]}
     chain = {"name": "portolan-http", "filter_chain_match": {"transport_protocol": "raw_buffer", "application_protocols": ["http/1.1", "h2c"]},
              "filters": [{"name": HCM, "typed_config": manager}]}
@@ -131,7 +137,8 @@ def sniffed():
                 patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector(kind, message), **there)]
     # Under ALLOW_ANY_DYNAMIC_DNS istiod has such a chain, whose routes lead past the filter's choice.
     own = {"listener": {"name": "virtualOutbound", "filterChain": {"name": "virtualOutbound-catchall-tcp-http"}}}
-    return [patch("FILTER_CHAIN", context, "REMOVE", None, **own), patch("FILTER_CHAIN", context, "ADD", chain, **there),
+    return [patch("EXTENSION_CONFIG", context, "ADD", wasm("http", "portolan_http", "portolan-http")),
+            patch("FILTER_CHAIN", context, "REMOVE", None, **own), patch("FILTER_CHAIN", context, "ADD", chain, **there),
             *instead("http_inspector", "HttpInspector"), *instead("tls_inspector", "TlsInspector")]
 
 

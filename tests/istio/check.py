@@ -86,13 +86,13 @@ class Look:
         self.expect(config, f"{where} has no routes")
         for host in (config or {}).get("virtual_hosts", []):
             for route in host.get("routes", []):
-                self.route(f"{where}: {host['name']}", route)
+                self.route(f"{where}: {host['name']}", route, config.get("request_headers_to_remove", []))
 
     def named(self, where, name, server):
         """The filter knows a gateway's server by its chain's name, or as the port's plain HTTP server."""
         self.expect(server == name or not name and server.startswith("http."), f"{where}: the filter takes it for another than {server}")
 
-    def route(self, where, route):
+    def route(self, where, route, removed):
         if "direct_response" in route:
             self.expect(False, f"{where}: answers what the filter should decide")
             return
@@ -100,8 +100,9 @@ class Look:
         cluster, by = action.get("cluster"), action.get("cluster_header")
         # At a gateway nothing but the filter leads anywhere: its routes are compiled from the same VirtualServices.
         to_service = cluster is not None and cluster.startswith("outbound|") and self.how["proxy"] != "gateway"
-        if by == "x-portolan-cluster":
-            self.expect(by in route.get("request_headers_to_remove", []), f"{where}: the upstream is told {by}")
+        if "redirect" not in route:
+            told = "x-portolan-cluster"
+            self.expect(told in [*removed, *route.get("request_headers_to_remove", [])], f"{where}: the upstream is told {told}")
         self.expect(by == "x-portolan-cluster" or to_service or "redirect" in route, f"{where}: leads to {cluster or action}")
 
     def all(self):
@@ -120,6 +121,8 @@ class Look:
                 self.chain(listener, chain)
             inspectors = [f["name"] for f in listener.get("listener_filters", [])]
             self.expect(len(inspectors) == len(set(inspectors)), f"{listener['name']}: twice the same of {inspectors}")
+        names = [e["name"] for e in golden["extensions"]]
+        self.expect(len(names) == len(set(names)), f"Envoy refuses extensions of one name: {names}")
         self.expect(self.asked == set(self.extensions), f"asked for {sorted(self.asked)}, there are {sorted(self.extensions)}")
         for name, extension in self.extensions.items():
             config = extension["typed_config"]["config"]
