@@ -90,12 +90,16 @@ def common(context):
     ]
 
 
+def tcp_proxy(**more):
+    return {"name": "envoy.filters.network.tcp_proxy", "typed_config": {
+        "@type": f"{V3}.filters.network.tcp_proxy.v3.TcpProxy", **more,
+        "on_demand": {"odcds_config": on_stream(), "timeout": "2s"}}}
+
+
 def tcp(context):
     """Every TCP proxy asks the filter first: those of virtualOutbound, and those that take what is no HTTP on an HTTP port
     (PassthroughFilterChain), which would otherwise be a way around it."""
-    proxy = {"name": "envoy.filters.network.tcp_proxy", "typed_config": {
-        "@type": f"{V3}.filters.network.tcp_proxy.v3.TcpProxy",
-        "on_demand": {"odcds_config": on_stream(), "timeout": "2s"}}}
+    proxy = tcp_proxy()
     return [patch("NETWORK_FILTER", context, "INSERT_BEFORE", discovered("network", TCP_FILTER[context]), **TCP_PROXY),
             patch("NETWORK_FILTER", context, "MERGE", proxy, **TCP_PROXY)]
 
@@ -114,18 +118,36 @@ def unknown():
               for name in ("allow_any", "allow_any_dynamic_dns", "block_all"))]
 
 
+def refusals():
+    """An access log in Istio's format of what the filter refuses: istiod's own log, which names it as well, is not in a chain of ours."""
+    line = ("[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% %RESPONSE_FLAGS% "
+            "%RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% "
+            "%DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" "
+            "\"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% "
+            "%DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n")
+    return {"name": "envoy.access_loggers.file",
+            "filter": {"extension_filter": {"name": "envoy.access_loggers.extension_filters.cel", "typed_config": {
+                "@type": f"{V3}.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": "response.code_details.startsWith('portolan_')"}}},
+            "typed_config": {"@type": f"{V3}.access_loggers.file.v3.FileAccessLog", "path": "/dev/stdout",
+                             "log_format": {"text_format_source": {"inline_string": line}}}}
+
+
 def sniffed():
-    """HTTP on ports that istiod has no listener for."""
+    """Ports that istiod has no listener for: HTTP, and plain bytes."""
     manager = {
         "@type": f"{V3}.filters.network.http_connection_manager.v3.HttpConnectionManager", "stat_prefix": "portolan",
-        "normalize_path": True, "stream_idle_timeout": "0s", "upgrade_configs": [{"upgrade_type": "websocket"}],
+        "access_log": [refusals()], "normalize_path": True, "stream_idle_timeout": "0s", "upgrade_configs": [{"upgrade_type": "websocket"}],
         "route_config": {"name": "portolan", "virtual_hosts": [{"name": "portolan", "domains": ["*"], "routes": [
             {"match": {"prefix": "/"}, **BY_HEADER}]}]},
         "http_filters": [discovered("http", "portolan-http"), on_demand(), {"name": "envoy.filters.http.router", "typed_config": {
             "@type": f"{V3}.filters.http.router.v3.Router"}}]}
     chain = {"name": "portolan-http", "filter_chain_match": {"transport_protocol": "raw_buffer", "application_protocols": ["http/1.1", "h2c"]},
              "filters": [{"name": HCM, "typed_config": manager}]}
+    # Envoy does not go back to istiod's catch-all once a chain has taken plain bytes: what is no HTTP has one of its own.
     there, context = {"listener": {"name": "virtualOutbound"}}, "SIDECAR_OUTBOUND"
+    plain = {"name": "portolan-tcp", "filter_chain_match": {"transport_protocol": "raw_buffer"}, "filters": [
+        discovered("network", TCP_FILTER[context]), tcp_proxy(stat_prefix="portolan", cluster="BlackHoleCluster")]}
 
     def inspector(kind, message):
         return {"name": f"envoy.filters.listener.{kind}", "typed_config": {"@type": f"{V3}.filters.listener.{kind}.v3.{message}"}}
@@ -139,6 +161,7 @@ def sniffed():
     own = {"listener": {"name": "virtualOutbound", "filterChain": {"name": "virtualOutbound-catchall-tcp-http"}}}
     return [patch("EXTENSION_CONFIG", context, "ADD", wasm("http", "portolan_http", "portolan-http")),
             patch("FILTER_CHAIN", context, "REMOVE", None, **own), patch("FILTER_CHAIN", context, "ADD", chain, **there),
+            patch("FILTER_CHAIN", context, "ADD", plain, **there),
             *instead("http_inspector", "HttpInspector"), *instead("tls_inspector", "TlsInspector")]
 
 

@@ -51,6 +51,13 @@ class Look:
                 found.append(at)
         return found
 
+    def matched(self, listener):
+        """Envoy does not go back from a transport protocol: what has none of a chain's applications needs a chain with the same rest."""
+        matches = [chain.get("filter_chain_match", {}) for chain in listener.get("filter_chains", [])]
+        for match in matches:
+            rest = {key: value for key, value in match.items() if key != "application_protocols"}
+            self.expect(rest in matches or "default_filter_chain" in listener, f"{listener['name']}: no chain for {rest} but {match}")
+
     def chain(self, listener, chain):
         where = f"{listener['name']} {chain.get('name', '(unnamed chain)')}"
         filters = chain["filters"]
@@ -82,6 +89,8 @@ class Look:
         first = at[0] if at else 0
         self.expect(set(names[:first]) <= before, f"{where}: before the filter come {names[:first]}")
         self.expect(at and demand and first < demand[0], f"{where}: the filter is not before clusters on demand: {names}")
+        # istiod's mesh configuration says what its own managers log; it does not reach ours.
+        self.expect(manager["stat_prefix"] != "portolan" or manager.get("access_log"), f"{where}: refusals leave no trace")
         config = manager.get("route_config") or self.routes.get(manager.get("rds", {}).get("route_config_name"))
         self.expect(config, f"{where} has no routes")
         for host in (config or {}).get("virtual_hosts", []):
@@ -119,6 +128,7 @@ class Look:
             self.expect(chains, f"{listener['name']} has no chain")
             for chain in chains:
                 self.chain(listener, chain)
+            self.matched(listener)
             inspectors = [f["name"] for f in listener.get("listener_filters", [])]
             self.expect(len(inspectors) == len(set(inspectors)), f"{listener['name']}: twice the same of {inspectors}")
         names = [e["name"] for e in golden["extensions"]]

@@ -239,6 +239,12 @@ class Mesh(Cluster):
         body, _, status = asked.stdout.rpartition("\n")
         return int(status), body
 
+    def said_by(self, pod, host, port, data):
+        """What comes back for these bytes."""
+        code = (f"import socket, sys; s = socket.create_connection(({host!r}, {port}), 10); s.sendall({data!r})\ntry: sys.stdout.buffer.write(s.recv(4096))\n"
+                "except ConnectionError: pass")
+        return subprocess.run([*self.pods[pod], sys.executable, "-c", code], check=True, capture_output=True).stdout
+
     def envoy(self, pod, path):
         return self.inside(pod, f"http://127.0.0.1:15000/{path}")[1]
 
@@ -340,6 +346,13 @@ def decides(mesh):
     expect("shop-1", mesh, {"http://api.example.org/": 200, "https://api.example.org/": 200, "http://db.example.org:9000/": 200,
                             "http://other.example.org/": 502, "https://other.example.org/": 0, "http://other.example.org:9000/": 502,
                             "http://other.example.org:15012/": 502, "http://api.example.org:8000/": 502})
+    for host, served in (("db.example.org", True), ("other.example.org", False)):
+        got = mesh.said_by("shop-1", host, 9000, b"no HTTP\n")
+        assert (b"400" in got) == served and bool(got) == served, f"{host}: {got}"
+        say(f"  shop-1: bytes to {host}:9000 -> {'answered' if got else 'closed'}")
+    # One on a port that istiod has a listener for, one on another.
+    for host in ("other.example.org", "other.example.org:15012"):
+        until(f"the access log tells of {host}", lambda: re.search(rf"portolan_denied.*\"{host}\"", (mesh.path / "shop-1.log").read_text(errors="replace")))
 
 
 def mutual_tls(mesh):
