@@ -19,15 +19,21 @@ use crate::{
     access_log::Entry,
     exec, flags, idle, replay,
     router::{self, Deadline},
-    upstream::http::Lease,
+    upstream::{
+        answer::{Answer, Broken},
+        http::Lease,
+    },
 };
 
 /// Why a body does not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// The side that it comes from.
+    /// The client, who it comes from.
     #[error(transparent)]
     Source(#[from] hyper::Error),
+    /// The upstream, which it comes from.
+    #[error("{0}")]
+    Upstream(#[source] Broken),
     /// The client's body had failed before.
     #[error("the request's body ended early")]
     Incomplete,
@@ -219,7 +225,7 @@ impl Unread {
 
 enum Source {
     Local(Option<Bytes>),
-    Upstream(Incoming, Option<Lease>, Option<Deadline>),
+    Upstream(Answer, Option<Lease>, Option<Deadline>),
 }
 
 impl ResponseBody {
@@ -247,7 +253,7 @@ impl ResponseBody {
     /// The upstream's body; its connection goes back to the pool when the body is through.
     #[must_use]
     pub fn upstream(
-        body: Incoming,
+        body: Answer,
         lease: Lease,
         deadline: Option<Deadline>,
         received: Rc<Received>,
@@ -337,7 +343,7 @@ impl Body for ResponseBody {
                     }
                     Some(Ok(_)) => {}
                 }
-                frame.map(|frame| frame.map_err(BodyError::Source))
+                frame.map(|frame| frame.map_err(BodyError::Upstream))
             }
         };
         if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {

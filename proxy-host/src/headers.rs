@@ -135,6 +135,14 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove("proxy-connection");
 }
 
+/// Removes what no request of HTTP/2 may have (RFC 9113, 8.2.2), in case the filter has written it.
+pub fn for_http2(headers: &mut HeaderMap) {
+    remove_hop_by_hop(headers);
+    if headers.get(TE).is_some_and(|te| te != "trailers") {
+        headers.remove(TE);
+    }
+}
+
 /// What the filter says to the router.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Orders {

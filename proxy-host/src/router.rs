@@ -19,12 +19,13 @@ use crate::{
     access_log::Entry,
     body::{Received, RequestBody},
     flags,
-    headers::{Orders, Retries, X_REQUEST_ID},
+    headers::{self, Orders, Retries, X_REQUEST_ID},
     listener::{guard::Control, http::target},
     replay::Held,
     stats,
     upstream::{
         Active, ChooseError, Cluster, Endpoint, Wanted,
+        answer::Answer,
         breakers::{Overflow, Taken},
         cluster::Protocol,
         connect::{ConnectError, Stream},
@@ -62,7 +63,7 @@ pub struct Outgoing {
 /// A response, and what there is to know of it.
 pub struct Answered {
     /// The upstream's.
-    pub response: Response<Incoming>,
+    pub response: Response<Answer>,
     /// What it came over.
     pub lease: Lease,
     /// When it has to be through.
@@ -160,8 +161,7 @@ fn towards(head: RequestHead, http2: bool) -> Result<(Method, Uri, HeaderMap), F
     let uri = target(&head, http2).map_err(|_| Failure::Filter)?;
     let mut headers = head.headers;
     if http2 {
-        headers.remove(::http::header::CONNECTION);
-        headers.remove(::http::header::UPGRADE);
+        headers::for_http2(&mut headers);
         if let Some(id) = headers.get_mut(X_REQUEST_ID) {
             // It is never the same again: to compress it would compare it with all that went before, for nothing.
             id.set_sensitive(true);
@@ -188,7 +188,7 @@ pub async fn send(
     let http2 = speaks_http2(cluster, client);
     let Outgoing { mut head, body, received, grpc, orders: Orders { mirrors, retries, .. }, expects } = outgoing;
     if http2 && let Some(control) = &expects {
-        // hyper does not say what an HTTP/2 server said before its answer.
+        // What an HTTP/2 server says before its answer is not looked at.
         control.go_on();
     }
     let policy = Policy::take(&mut head.headers, grpc, retries);
@@ -286,7 +286,7 @@ impl Way<'_> {
         mut policy: Policy,
         entry: &mut Entry,
         progress: &mut Progress,
-    ) -> Result<(Response<Incoming>, Lease), Failure> {
+    ) -> Result<(Response<Answer>, Lease), Failure> {
         let mut tried = Vec::new();
         let mut retry = 0;
         let apart = self.cluster.apart(self.wanted);
@@ -296,7 +296,7 @@ impl Way<'_> {
             entry.upstream = endpoint.address().cloned();
             let Some(mut request) = source.next() else { return Err(Failure::Filter) };
             request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
-            if let Some(control) = self.expects.clone() {
+            if let Some(control) = self.expects.clone().filter(|_| !self.http2) {
                 hyper::ext::on_informational(&mut request, move |said| {
                     if said.status() == StatusCode::CONTINUE {
                         control.go_on();
@@ -352,7 +352,7 @@ impl Way<'_> {
                 if !error.is_user() {
                     self.cluster.note(endpoint, Outcome::Broken);
                 }
-                let ended = if http::is_refused(&error) { Ended::Refused } else { Ended::Reset };
+                let ended = if error.is_refused() { Ended::Refused } else { Ended::Reset };
                 (!again(source, ended, true)).then(|| Failure::Reset(error, progress.tries))
             }
             SendError::Timeout(address) => {

@@ -1,12 +1,12 @@
 //! Why a request has no response, in Envoy's words.
 
-use std::{error::Error as _, io};
+use std::io;
 
 use ::http::StatusCode;
 
 use crate::{
     flags,
-    upstream::{ChooseError, connect::ConnectError, http},
+    upstream::{ChooseError, answer::Broken, connect::ConnectError},
 };
 
 /// What has been tried before the failure that is told.
@@ -28,7 +28,7 @@ pub enum Failure {
     /// There are as many requests or connections as there may be.
     Overflow(Tries),
     /// The connection ended before the response.
-    Reset(hyper::Error, Tries),
+    Reset(Broken, Tries),
     /// The time for the request, or for the last attempt, has passed.
     Timeout {
         /// It was the attempt's.
@@ -118,12 +118,11 @@ fn details(when: &str, reason: &str) -> String {
 }
 
 /// Flag and reason of an upstream's connection or stream that ended before its answer.
-fn reset(error: &hyper::Error) -> (&'static str, &'static str) {
+fn reset(error: &Broken) -> (&'static str, &'static str) {
     if error.is_parse() {
         return ("UPE", "protocol error");
     }
-    let of_stream = http::h2(error).filter(|error| error.is_reset() && error.is_remote());
-    match of_stream.and_then(h2::Error::reason) {
+    match error.reset_by_server() {
         Some(h2::Reason::REFUSED_STREAM) => ("UR", "remote refused stream reset"),
         Some(_) => ("UR", "remote reset"),
         None => ("UC", "connection termination"),
@@ -132,14 +131,8 @@ fn reset(error: &hyper::Error) -> (&'static str, &'static str) {
 
 /// Flag and response code details of an answer that ended in its middle.
 #[must_use]
-pub fn cut(error: &hyper::Error) -> (&'static str, String) {
-    let mut source = error.source();
-    let mut kind = None;
-    while let Some(error) = source {
-        kind = kind.or_else(|| error.downcast_ref::<io::Error>().map(io::Error::kind));
-        source = error.source();
-    }
-    let (flag, reason) = match kind {
+pub fn cut(error: &Broken) -> (&'static str, String) {
+    let (flag, reason) = match error.io_kind() {
         // In HTTP/1.1 it is less than was announced, or no chunk.
         Some(io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput) => {
             ("UPE", "protocol error")

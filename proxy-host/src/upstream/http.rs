@@ -8,26 +8,21 @@ use std::{
 };
 
 use ::http::{Request, Response};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use bytes::Bytes;
+use h2::client::SendRequest;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use tokio::sync::Notify;
 
 use super::{
     Active, Apart, Cluster, Endpoint,
+    answer::{Answer, Broken},
     breakers::{Overflow, Taken},
     cluster::Address,
     connect::ConnectError,
-    options,
+    http2, options,
 };
-use crate::{
-    body::RequestBody,
-    exec::{self, LocalExec},
-    replay::Held,
-    stats,
-};
+use crate::{body::RequestBody, exec, replay::Held, stats};
 
 /// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
 #[derive(Default)]
@@ -52,7 +47,9 @@ struct Idle {
 
 #[derive(Clone)]
 struct Shared {
-    sender: http2::SendRequest<RequestBody>,
+    sender: SendRequest<Bytes>,
+    /// It has ended.
+    closed: Rc<Cell<bool>>,
     address: Address,
     apart: Option<Rc<Apart>>,
     left: Rc<Cell<u32>>,
@@ -67,7 +64,7 @@ impl Pool {
         self.idle.borrow_mut().retain(|c| !c.sender.is_closed() && !old(c.since) && !over(&c.apart));
         let mut http2 = self.http2.borrow_mut();
         // Its requests, if there are any, go on.
-        if http2.as_ref().is_some_and(|shared| shared.sender.is_closed() || old(shared.used.get())) {
+        if http2.as_ref().is_some_and(|shared| shared.closed.get() || old(shared.used.get())) {
             *http2 = None;
         }
     }
@@ -118,8 +115,8 @@ pub enum SendError {
     /// The connection ended before the response's headers, or what came was not HTTP.
     #[error("{error}")]
     Reset {
-        /// hyper's error.
-        error: hyper::Error,
+        /// Why.
+        error: Broken,
         /// Who was asked.
         address: Address,
     },
@@ -143,25 +140,6 @@ async fn in_time<T>(limit: Option<&Limit>, sending: impl Future<Output = T>) -> 
     }
 }
 
-/// Whether the server said that it has done nothing about the request.
-#[must_use]
-pub fn is_refused(error: &hyper::Error) -> bool {
-    h2(error).is_some_and(|error| error.reason() == Some(h2::Reason::REFUSED_STREAM))
-}
-
-/// The error of HTTP/2 that is at the bottom of it.
-#[must_use]
-pub fn h2(error: &hyper::Error) -> Option<&h2::Error> {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if let Some(h2) = error.downcast_ref::<h2::Error>() {
-            return Some(h2);
-        }
-        source = error.source();
-    }
-    None
-}
-
 /// Sends the request over a kept or a new connection.
 ///
 /// # Errors
@@ -173,7 +151,7 @@ pub async fn send(
     http2: bool,
     apart: Option<&Rc<Apart>>,
     limit: Option<Limit>,
-) -> Result<(Response<Incoming>, Lease), SendError> {
+) -> Result<(Response<Answer>, Lease), SendError> {
     let spec = cluster.spec();
     let Ok(counted) = spec.shared.request(&spec.options.limits) else {
         stats::here(|stats| stats.upstream_overflows.add(1));
@@ -185,17 +163,10 @@ pub async fn send(
             Ok(found) => found,
             Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
         };
-        let sent = match (&mut sender, &limit) {
-            (Sender::Http1(sender), None) => sender.try_send_request(request).await,
-            (Sender::Http2(sender), None) => sender.try_send_request(request).await,
-            (sender, limit) => {
-                let sending = async {
-                    match sender {
-                        Sender::Http1(sender) => sender.try_send_request(request).await,
-                        Sender::Http2(sender) => sender.try_send_request(request).await,
-                    }
-                };
-                let sent = Box::pin(in_time(limit.as_ref(), sending)).await;
+        let sent = match &limit {
+            None => sender.send(request).await,
+            limit => {
+                let sent = Box::pin(in_time(limit.as_ref(), sender.send(request))).await;
                 sent.ok_or_else(|| SendError::Timeout(address.clone()))?
             }
         };
@@ -216,23 +187,38 @@ pub async fn send(
                 };
                 return Ok((response, lease));
             }
-            Err(mut failure) => match failure.take_message() {
-                // The far end closed a kept connection while it was idle: nothing of the request has left.
-                Some(unsent) if kept => {
-                    if http2 {
-                        *endpoint.pool.http2.borrow_mut() = None;
-                    }
-                    request = unsent;
-                }
-                _ => return Err(SendError::Reset { error: failure.into_error(), address }),
-            },
+            // The far end closed a kept connection while it was idle: nothing of the request has left.
+            Err((_, Some(unsent))) if kept => request = unsent,
+            Err((error, _)) => return Err(SendError::Reset { error, address }),
         }
     }
 }
 
 enum Sender {
     Http1(http1::SendRequest<RequestBody>),
-    Http2(http2::SendRequest<RequestBody>),
+    Http2(SendRequest<Bytes>),
+}
+
+impl Sender {
+    /// Gives the request back where nothing of it was sent.
+    async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Answer>, (Broken, Option<Request<RequestBody>>)> {
+        match self {
+            Self::Http1(sender) => match sender.try_send_request(request).await {
+                Ok(response) => Ok(response.map(Answer::Http1)),
+                Err(mut failure) => {
+                    let unsent = failure.take_message();
+                    Err((failure.into_error().into(), unsent))
+                }
+            },
+            Self::Http2(sender) => match http2::send(sender, request).await {
+                Ok(response) => Ok(response.map(Answer::Http2)),
+                Err(error) => Err((error.into(), None)),
+            },
+        }
+    }
 }
 
 /// A sender that is ready.
@@ -267,10 +253,11 @@ async fn checkout(
 async fn reuse(cluster: &Cluster, endpoint: &Rc<Endpoint>, http2: bool, apart: Option<&Rc<Apart>>) -> Option<Checked> {
     if http2 {
         let kept = endpoint.pool.http2.borrow().clone();
-        let Shared { mut sender, address, apart: its, left, used } = kept?;
-        if its.as_ref() != apart || left.get() == 0 || sender.ready().await.is_err() {
+        let Shared { sender, closed: _, address, apart: its, left, used } = kept?;
+        if its.as_ref() != apart || left.get() == 0 {
             return None;
         }
+        let sender = sender.ready().await.ok()?;
         left.set(left.get().saturating_sub(1));
         used.set(Instant::now());
         return Some(Checked { sender: Sender::Http2(sender), address, apart: its, left: left.get(), kept: true });
@@ -357,16 +344,18 @@ async fn open(
         })?;
     let (apart, left) = (apart.cloned(), most(cluster));
     let sender = if http2 {
-        let mut builder = http2::Builder::new(LocalExec);
-        builder.timer(TokioTimer::new());
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let (sender, connection) = http2::handshake(stream).await.map_err(broken)?;
+        let closed = Rc::new(Cell::new(false));
+        let ended = closed.clone();
         exec::spawn(async move {
             // Its requests report how it ended.
             let _ = connection.await;
+            ended.set(true);
             drop(open);
         });
         *endpoint.pool.http2.borrow_mut() = Some(Shared {
             sender: sender.clone(),
+            closed,
             address: address.clone(),
             apart: apart.clone(),
             left: Rc::new(Cell::new(left)),
@@ -385,6 +374,6 @@ async fn open(
     Ok(Checked { sender, address, apart, left, kept: false })
 }
 
-fn broken(error: hyper::Error) -> ConnectError {
+fn broken(error: impl std::error::Error + Send + Sync + 'static) -> ConnectError {
     ConnectError::Io(std::io::Error::other(error))
 }

@@ -1,5 +1,6 @@
 //! The way out: clusters, their endpoints, and the connections kept to them. All of it belongs to one thread.
 
+pub mod answer;
 pub mod balance;
 pub mod breakers;
 pub mod cluster;
@@ -7,6 +8,7 @@ pub mod connect;
 pub mod hash;
 pub mod health;
 pub mod http;
+pub mod http2;
 pub mod options;
 pub mod proxy_protocol;
 pub mod tls;
