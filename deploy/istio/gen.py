@@ -133,6 +133,11 @@ def refusals():
                              "log_format": {"text_format_source": {"inline_string": line}}}}
 
 
+# What virtualOutbound looks at it looks at before any listener of istiod's gets the connection. So on the ports where istiod never looks
+# (pkg/config/kube), as the server may speak first, nobody looks; on others a silent client is taken for no HTTP after a while.
+UNSEEN, WAIT = (25, 53, 3306, 27017), "5s"
+
+
 def sniffed():
     """Ports that istiod has no listener for: HTTP, and plain bytes."""
     manager = {
@@ -149,20 +154,23 @@ def sniffed():
     plain = {"name": "portolan-tcp", "filter_chain_match": {"transport_protocol": "raw_buffer"}, "filters": [
         discovered("network", TCP_FILTER[context]), tcp_proxy(stat_prefix="portolan", cluster="BlackHoleCluster")]}
 
-    def inspector(kind, message):
-        return {"name": f"envoy.filters.listener.{kind}", "typed_config": {"@type": f"{V3}.filters.listener.{kind}.v3.{message}"}}
+    unseen = {"or_match": {"rules": [{"destination_port_range": {"start": port, "end": port + 1}} for port in UNSEEN]}}
 
-    def instead(kind, message):
+    def instead(kind, message, **more):
         """One of them, whether istiod has put one there or not."""
-        own = {"listener": {"name": "virtualOutbound", "listenerFilter": f"envoy.filters.listener.{kind}"}}
-        return [patch("LISTENER_FILTER", context, "REMOVE", None, **own),
-                patch("LISTENER_FILTER", context, "INSERT_FIRST", inspector(kind, message), **there)]
+        name = f"envoy.filters.listener.{kind}"
+        own = {"listener": {"name": "virtualOutbound", "listenerFilter": name}}
+        filter = {"name": name, "typed_config": {"@type": f"{V3}.filters.listener.{kind}.v3.{message}"}, **more}
+        return [patch("LISTENER_FILTER", context, "REMOVE", None, **own), patch("LISTENER_FILTER", context, "INSERT_FIRST", filter, **there)]
     # Under ALLOW_ANY_DYNAMIC_DNS istiod has such a chain, whose routes lead past the filter's choice.
     own = {"listener": {"name": "virtualOutbound", "filterChain": {"name": "virtualOutbound-catchall-tcp-http"}}}
     return [patch("EXTENSION_CONFIG", context, "ADD", wasm("http", "portolan_http", "portolan-http")),
             patch("FILTER_CHAIN", context, "REMOVE", None, **own), patch("FILTER_CHAIN", context, "ADD", chain, **there),
             patch("FILTER_CHAIN", context, "ADD", plain, **there),
-            *instead("http_inspector", "HttpInspector"), *instead("tls_inspector", "TlsInspector")]
+            *instead("http_inspector", "HttpInspector", filter_disabled=unseen), *instead("tls_inspector", "TlsInspector", filter_disabled=unseen),
+            # First, for the ports to be those that clients asked for: use_original_dst alone restores them last.
+            *instead("original_dst", "OriginalDst"),
+            patch("LISTENER", context, "MERGE", {"listener_filters_timeout": WAIT, "continue_on_listener_filters_timeout": True}, **there)]
 
 
 def served():

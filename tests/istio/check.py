@@ -58,6 +58,18 @@ class Look:
             rest = {key: value for key, value in match.items() if key != "application_protocols"}
             self.expect(rest in matches or "default_filter_chain" in listener, f"{listener['name']}: no chain for {rest} but {match}")
 
+    def patient(self, listener):
+        """Where a server speaks first nobody waits for its client, or not for ever; what looks comes before any other listener."""
+        looking = [f for f in listener.get("listener_filters", []) if f["name"].endswith("_inspector")]
+        if listener["name"] != "virtualOutbound" or not looking:
+            return
+        self.expect(listener["listener_filters"][0]["name"].endswith("original_dst"), "virtualOutbound looks before it knows the port")
+        self.expect(listener.get("continue_on_listener_filters_timeout"), "virtualOutbound closes connections of silent clients")
+        for filter in looking:
+            rules = filter.get("filter_disabled", {}).get("or_match", {}).get("rules", [])
+            ports = {rule["destination_port_range"]["start"] for rule in rules}
+            self.expect(3306 in ports, f"{filter['name']} waits for clients of MySQL")
+
     def chain(self, listener, chain):
         where = f"{listener['name']} {chain.get('name', '(unnamed chain)')}"
         filters = chain["filters"]
@@ -129,6 +141,7 @@ class Look:
             for chain in chains:
                 self.chain(listener, chain)
             self.matched(listener)
+            self.patient(listener)
             inspectors = [f["name"] for f in listener.get("listener_filters", [])]
             self.expect(len(inspectors) == len(set(inspectors)), f"{listener['name']}: twice the same of {inspectors}")
         names = [e["name"] for e in golden["extensions"]]

@@ -5,7 +5,7 @@ with Istio's own iptables rules and its agent. `live.sh` builds what is needed, 
 Not Istio's own: Envoy is the stock one of .venv, so istiod is told to leave out the filters of istio-proxy (metadata exchange, statistics,
 ALPN); names are in /etc/hosts; injection is done here; the registry is a few lines of HTTP.
 """
-import base64, contextlib, http.server, json, os, pathlib, re, ssl, subprocess, sys, threading, time, urllib.request
+import base64, contextlib, http.server, json, os, pathlib, re, socketserver, ssl, subprocess, sys, threading, time, urllib.request
 
 import yaml
 
@@ -78,12 +78,17 @@ class Images(http.server.BaseHTTPRequestHandler):
 
 
 def serve(address, port, handler, tls=None):
-    http.server.ThreadingHTTPServer.allow_reuse_address = True
     server = http.server.ThreadingHTTPServer((address, port), handler)
     server.daemon_threads = True
     if tls:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+class Banner(socketserver.BaseRequestHandler):
+    """A server that speaks first."""
+    def handle(self):
+        self.request.sendall(b"welcome\n")
 
 
 def page(port, path, host="127.0.0.1"):
@@ -288,6 +293,7 @@ def outside(mesh):
         for port in (80, 8000, 9000):
             serve(address, port, Origin)
         serve(address, 443, Origin, tls)
+        serve(address, 3306, Banner)
     serve(REGISTRY, 443, Images, tls)
 
 
@@ -341,15 +347,16 @@ def without_module(mesh, manifests):
 
 
 def decides(mesh):
-    mesh.put(entry("api", "api.example.org", {80: "HTTP", 443: "TLS"}) + entry("db", "db.example.org", {9000: "TCP"}, f"  addresses: [{OUTSIDE['db.example.org']}]\n"))
+    mesh.put(entry("api", "api.example.org", {80: "HTTP", 443: "TLS"}) + entry("db", "db.example.org", {9000: "TCP", 3306: "TCP"}, f"  addresses: [{OUTSIDE['db.example.org']}]\n"))
     until("the entry is in force", lambda: mesh.inside("shop-1", "http://api.example.org/")[0] == 200)
     expect("shop-1", mesh, {"http://api.example.org/": 200, "https://api.example.org/": 200, "http://db.example.org:9000/": 200,
                             "http://other.example.org/": 502, "https://other.example.org/": 0, "http://other.example.org:9000/": 502,
                             "http://other.example.org:15012/": 502, "http://api.example.org:8000/": 502})
-    for host, served in (("db.example.org", True), ("other.example.org", False)):
-        got = mesh.said_by("shop-1", host, 9000, b"no HTTP\n")
-        assert (b"400" in got) == served and bool(got) == served, f"{host}: {got}"
-        say(f"  shop-1: bytes to {host}:9000 -> {'answered' if got else 'closed'}")
+    for host, port, data, answer in (("db.example.org", 9000, b"no HTTP\n", b"400"), ("other.example.org", 9000, b"no HTTP\n", b""),
+                                     ("db.example.org", 3306, b"", b"welcome"), ("other.example.org", 3306, b"", b"")):
+        got = mesh.said_by("shop-1", host, port, data)
+        assert answer in got and bool(got) == bool(answer), f"{host}:{port}: {got}"
+        say(f"  shop-1: {data or 'silence'} to {host}:{port} -> {'answered' if got else 'closed'}")
     # One on a port that istiod has a listener for, one on another.
     for host in ("other.example.org", "other.example.org:15012"):
         until(f"the access log tells of {host}", lambda: re.search(rf"portolan_denied.*\"{host}\"", (mesh.path / "shop-1.log").read_text(errors="replace")))
@@ -362,7 +369,7 @@ def mutual_tls(mesh):
     errors = {kind: metric(text, "portolan_kubernetes_watch_errors", kind=kind) for kind in ("ServiceEntry", "Service", "Sidecar", "EndpointSlice")}
     assert not any(errors.values()), f"the ClusterRole of deploy/kubernetes is too little: {errors}"
     clusters = sorted(set(re.findall(r"^(outbound\|[^:]+example.org)::", mesh.envoy("shop-1", "clusters"), re.M)))
-    assert clusters == ["outbound|443||api.example.org", "outbound|80||api.example.org", "outbound|9000||db.example.org"], clusters
+    assert clusters == ["outbound|3306||db.example.org", "outbound|443||api.example.org", "outbound|80||api.example.org", "outbound|9000||db.example.org"], clusters
     bare = mesh.inside("shop-1", f"https://{CONTROLLER}:15012/", "--http2-prior-knowledge")
     say(f"the controller: {streams[0]:.0f} registry streams and {streams[1]:.0f} for clusters, none refused; Envoy was given {clusters}; "
         f"without a certificate: {bare[0] or 'closed'}")
