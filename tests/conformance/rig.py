@@ -214,6 +214,13 @@ class Echo:
             if not d:
                 return
             buf += d
+            proxied = re.match(rb"PROXY (TCP\d) \S+ \S+ \d+ \d+\r\n", buf)
+            if proxied:
+                base["proxied"], buf = proxied[1].decode(), buf[proxied.end():]
+            elif buf[:12] == b"\r\n\r\n\x00\r\nQUIT\n" and len(buf) >= 16 + int.from_bytes(buf[14:16], "big"):
+                base["proxied"], buf = "v2", buf[16 + int.from_bytes(buf[14:16], "big"):]
+            if "proxied" in base and not buf:
+                continue
             if b"PRI * HTTP/2.0".startswith(buf[:14]):
                 if len(buf) >= 14:
                     return self.speak_h2(c, base, buf)
@@ -370,11 +377,15 @@ def probe(p, echo, i):
     with echo.lock:
         mark = len(echo.log)
     out, proto, t0 = {}, p.get("proto", "http"), time.time()
-    ip, port = p["dst"].rsplit(":", 1)
+    ip, port = p["dst"].rsplit(":", 1) if not p["dst"].startswith("unix:") else (None, p["dst"][5:])
     hs = {k: str(v).replace("{i}", str(i)) for k, v in (p.get("headers") or {}).items()}
     s = None
     try:
-        s = socket.create_connection(("127.0.0.1" if ip == "proxy" else ip, int(port)), timeout=5)
+        if ip is None:
+            s = socket.socket(socket.AF_UNIX)
+            s.connect(port.replace("@", "\0", 1) if port.startswith("@") else port)
+        else:
+            s = socket.create_connection(("127.0.0.1" if ip == "proxy" else ip, int(port)), timeout=5)
         s.settimeout(p.get("wait", 3))
         if proto == "https":
             x = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -507,7 +518,9 @@ class Rig:
         """Starts cmd as the proxy of the case and probes it: (results, None) or (None, what it said)."""
         spec = yaml.safe_load(open(f"{case}/case.yaml"))
         probes = spec["probes"]
-        unix = sorted(set(re.findall(r"unix://(/[^\s\"',}]+)", open(f"{case}/config.yaml").read())))
+        # Those that are dialled are the proxy's own.
+        own = {p["dst"].removeprefix("unix:") for p in probes}
+        unix = sorted(set(re.findall(r"unix://(/[^\s\"',}]+)", open(f"{case}/config.yaml").read())) - own)
         ports = [PROXY]
         if (spec.get("proxy") or {}).get("type") == "router":
             ports = sorted({p["dst"].rsplit(":", 1)[1] for p in probes if p["dst"].startswith("proxy:")})
