@@ -178,7 +178,7 @@ def served():
     in force as well, paths and headers would be changed twice, and a request be judged by what the filter has made of it."""
     route = {"match": {"prefix": "/"}, "request_headers_to_remove": OURS, "route": {
         "cluster_header": "x-portolan-cluster", "timeout": "0s",
-        "hash_policy": [{"header": {"header_name": "x-portolan-hash"}}],
+        "hash_policy": [{"filter_state": {"key": "envoy.hashable_string"}}],
         "retry_policy": {"retry_on": "connect-failure,refused-stream,unavailable,cancelled", "num_retries": 2,
                          "host_selection_retry_max_attempts": 5, "retry_host_predicate": [
                              {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": {

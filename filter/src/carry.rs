@@ -14,8 +14,9 @@ use crate::request::Headers;
 
 /// The header by which the host's route chooses where copies go: names of clusters, separated by commas.
 pub const MIRROR_HEADER: &str = "x-portolan-mirror";
-/// The header by whose value the host keeps requests together.
-pub const HASH_HEADER: &str = "x-portolan-hash";
+/// The filter state by whose value the host keeps requests together, and those that it sends again too: a header would have
+/// to be gone before a request leaves, and so before it is sent again.
+pub const HASH_STATE: &str = "envoy.hashable_string";
 /// The header by which it retries otherwise than of its own accord: the text of a route's `Manner`.
 pub const RETRY_POLICY_HEADER: &str = "x-portolan-retry";
 const DELAY_HEADER: &str = "x-envoy-fault-delay-request";
@@ -178,7 +179,7 @@ fn forward(
     if let Some(key) = own.and_then(|o| o.hash.as_ref()) {
         let Sticky { value, cookie } = hash_key::value(host, request, key);
         if !value.is_empty() {
-            host.replace_request_header(HASH_HEADER, &value)?;
+            crate::tcp::set_state(host, HASH_STATE, &value, 1)?;
         }
         pending.list.extend(cookie.map(|cookie| (Change::Add, "set-cookie".to_owned(), cookie)));
     }

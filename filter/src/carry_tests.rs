@@ -6,6 +6,9 @@ use portolan_registry::route::{
 };
 use portolan_registry::row::{CatchAll, Choice, HostPort, Origin, OriginKind, Routes, Row, TableName};
 
+use prost::Message;
+
+use crate::envoy::SetFilterState;
 use crate::host::fake::{Call, Fake};
 use crate::host::{Action as Told, Answer};
 use crate::testing::{CONFIGURATION, ROOT, configured, deliver, whole, writer};
@@ -340,7 +343,10 @@ fn kept_by(key: HashKey, path: &str, headers: &[(&str, &str)]) -> (Option<String
     let (told, calls) = ask(&mut vm, path, headers);
     assert_eq!(told, Told::Continue);
     let hash = calls.into_iter().find_map(|call| match call {
-        Call::Replace(name, value) if name == "x-portolan-hash" => String::from_utf8(value).ok(),
+        Call::Foreign(name, arguments) if name == "set_envoy_filter_state" => {
+            let state = SetFilterState::decode(&*arguments).unwrap();
+            (state.path == super::HASH_STATE).then(|| String::from_utf8(state.value).unwrap())
+        }
         _ => None,
     });
     vm.on_response_headers(CONTEXT);

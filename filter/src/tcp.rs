@@ -127,7 +127,7 @@ fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
     set_state(host, CLUSTER_STATE, cluster, 1)
 }
 
-fn set_state(host: &impl Host, path: &str, value: &[u8], span: i32) -> Result<(), Status> {
+pub(crate) fn set_state(host: &impl Host, path: &str, value: &[u8], span: i32) -> Result<(), Status> {
     let arguments = SetFilterState { path: path.to_owned(), value: value.to_owned(), span };
     host.foreign("set_envoy_filter_state", &arguments.encode_to_vec())
 }

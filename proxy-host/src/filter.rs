@@ -31,6 +31,8 @@ pub const HTTP_ROOT: &str = "portolan_http";
 pub const TCP_ROOT: &str = "portolan_tcp";
 /// The filter state that names a connection's cluster.
 const TCP_CLUSTER: &str = "envoy.tcp_proxy.cluster";
+/// Filter state by which requests are kept together.
+const HASH: &str = "envoy.hashable_string";
 /// The property in which the filter says why, if its configuration asks for it.
 const DECISION: &[u8] = b"portolan.decision";
 /// The property that names what is asked for in a tunnel.
@@ -134,8 +136,8 @@ impl Properties for Connection {
 
 /// What becomes of a request.
 pub enum HttpVerdict {
-    /// Route it by these headers.
-    Continue(RequestHead, Stream),
+    /// Route it by these headers, and keep it with others of this value.
+    Continue(RequestHead, Option<bytes::Bytes>, Stream),
     /// Answer it with this; why, if the filter said.
     Respond(Box<LocalResponse>, Option<String>),
     /// End its stream.
@@ -259,9 +261,12 @@ impl Filter {
         let stream = Stream { filter: inner.clone(), generation, context };
         match inner.settle(generation, context, outcome).await {
             Some(EffectKind::Continue(_)) => {
-                let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| std::mem::take(&mut http.request)));
+                let take = |vm: &mut Vm| {
+                    let hash = vm.filter_state(context).and_then(|state| state.get(HASH).cloned());
+                    Ok(vm.http(context).map(|http| (std::mem::take(&mut http.request), hash)))
+                };
                 match inner.with(Some(generation), take) {
-                    Ok(Some(head)) => HttpVerdict::Continue(head, stream),
+                    Ok(Some((head, hash))) => HttpVerdict::Continue(head, hash, stream),
                     _ => HttpVerdict::Failed,
                 }
             }

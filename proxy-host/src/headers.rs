@@ -146,8 +146,6 @@ pub fn for_http2(headers: &mut HeaderMap) {
 /// What the filter says to the router.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Orders {
-    /// What requests are kept together by.
-    pub hash: Option<HeaderValue>,
     /// Clusters that get a copy.
     pub mirrors: Vec<String>,
     /// How it is retried.
@@ -193,7 +191,6 @@ pub fn take_orders(headers: &mut HeaderMap) -> Orders {
                 orders.mirrors.extend(names.map(str::to_owned));
                 headers.remove(own);
             }
-            "x-portolan-hash" => orders.hash = headers.remove(own),
             "x-portolan-retry" => orders.retries = headers.remove(own).as_ref().map(Retries::read).unwrap_or_default(),
             _ => {
                 headers.remove(own);
@@ -296,15 +293,14 @@ mod tests {
 
     #[test]
     fn nothing_between_us_and_the_filter_leaves() {
-        let ours = ["mirror", "any", "hash", "retry"].map(|name| (format!("x-portolan-{name}"), name));
+        let ours = ["mirror", "any", "cluster", "retry"].map(|name| (format!("x-portolan-{name}"), name));
         let mut headers = map(&[("x-porto", "e")]);
         headers
             .extend(ours.map(|(name, value)| (name.parse::<HeaderName>().unwrap(), HeaderValue::from_static(value))));
         let orders = take_orders(&mut headers);
         assert_eq!(headers, map(&[("x-porto", "e")]));
-        let hash = Some(HeaderValue::from_static("hash"));
         let retries = Retries::default();
-        assert_eq!(orders, Orders { hash, mirrors: vec!["mirror".into()], retries });
+        assert_eq!(orders, Orders { mirrors: vec!["mirror".into()], retries });
     }
 
     #[test]

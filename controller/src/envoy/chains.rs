@@ -50,8 +50,8 @@ use crate::model::{Role, Scope};
 const CLUSTER_HEADER: &str = "x-portolan-cluster";
 /// The header that tells the filter where a request came in, which costs a request half of what the question does.
 const DESTINATION_HEADER: &str = "x-portolan-destination";
-/// The header by which it balances consistently.
-pub(super) const HASH_HEADER: &str = "x-portolan-hash";
+/// The filter state by which it balances consistently, with each attempt.
+const HASH_STATE: &str = "envoy.hashable_string";
 /// The header by which it mirrors.
 const MIRROR_HEADER: &str = "x-portolan-mirror";
 /// The header by which it retries otherwise than Istio does by default.
@@ -460,13 +460,13 @@ fn routed(
     if !mirrors.is_empty() {
         headers.push(header(MIRROR_HEADER, exactly(mirrors.join(","))));
     }
-    let hash = route::route_action::hash_policy::Header { header_name: HASH_HEADER.to_owned(), regex_rewrite: None };
+    let hash = route::route_action::hash_policy::FilterState { key: HASH_STATE.to_owned() };
     let action = route::RouteAction {
         cluster_specifier: Some(route::route_action::ClusterSpecifier::ClusterHeader(CLUSTER_HEADER.to_owned())),
         timeout: Some(protobuf::Duration::default()),
         retry_policy: Some(retry_policy(manner.unwrap_or_default())),
         hash_policy: vec![route::route_action::HashPolicy {
-            policy_specifier: Some(route::route_action::hash_policy::PolicySpecifier::Header(hash)),
+            policy_specifier: Some(route::route_action::hash_policy::PolicySpecifier::FilterState(hash)),
             terminal: false,
         }],
         request_mirror_policies: mirrors.iter().map(|cluster| mirror(cluster)).collect(),
@@ -475,7 +475,6 @@ fn routed(
     };
     route::Route {
         r#match: Some(route::RouteMatch { path_specifier: Some(path), headers, ..route::RouteMatch::default() }),
-        // The hash is asked for again with each attempt, so clusters that balance by it remove its header.
         request_headers_to_remove: [CLUSTER_HEADER, DESTINATION_HEADER, RETRY_HEADER, MIRROR_HEADER, DELAY_HEADER]
             .map(str::to_owned)
             .into(),
@@ -519,12 +518,10 @@ fn retry_policy(manner: Manner) -> route::RetryPolicy {
 /// The router reads a `cluster_header` of a mirror policy only after the cluster's filters have run, so that it could not
 /// be kept from the upstream: mirrors are named in routes, which the header chooses.
 fn mirror(cluster: &str) -> route::route_action::RequestMirrorPolicy {
-    let remove = HeaderMutation { action: Some(header_mutation::Action::Remove(HASH_HEADER.to_owned())) };
     route::route_action::RequestMirrorPolicy {
         cluster: cluster.to_owned(),
         trace_sampled: switch(false),
         disable_shadow_host_suffix_append: true,
-        request_headers_mutations: vec![remove],
         ..Default::default()
     }
 }

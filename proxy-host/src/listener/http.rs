@@ -114,11 +114,11 @@ async fn answer(
         Err((status, flags)) => return Ok(exchange.refuse_text(status, flags)),
     };
     let method = head.method.clone();
-    let mut head = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
-        HttpVerdict::Continue(head, stream) => {
+    let (mut head, hash) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
+        HttpVerdict::Continue(head, hash, stream) => {
             exchange.entry.decision = stream.decision();
             exchange.stream = Some(stream);
-            head
+            (head, hash)
         }
         HttpVerdict::Respond(response, decision) => {
             exchange.entry.decision = decision;
@@ -167,7 +167,7 @@ async fn answer(
     }
     let (host, port) = authority_parts(head.authority.as_ref());
     let destination = connection.meant_for();
-    let hash = orders.hash.as_ref().map(|value| hash::of(value.as_bytes()));
+    let hash = hash.map(|value| hash::of(&value));
     let wanted = Wanted { destination, host, port, hash, client: Some(connection.clone()) };
     let answered = if method == Method::CONNECT {
         Box::pin(exchange.tunnel(worker, &cluster, &wanted, request)).await
