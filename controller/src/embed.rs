@@ -16,13 +16,12 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Server;
 
-use crate::compile::{Conflict, gateways, rules, sidecar};
-use crate::model::{Change, MeshConfig, Object};
+use crate::compile::Conflict;
+use crate::model::{Change, MeshConfig};
 use crate::publish::{Ended, Publisher};
 use crate::serve::{self, Counters};
 use crate::source::kubernetes::Cluster;
 use crate::source::ledger::{Difference, Ledger, Status};
-use crate::source::read::kind_name;
 use crate::source::yaml::{Batch, ReadError, YamlSource};
 use crate::validate::finding::{Finding, Severity};
 
@@ -88,7 +87,6 @@ impl Controller {
     /// A path that cannot be read, settings of the mesh that are wrong, or no thread to compile on.
     pub async fn start(config: &ControllerConfig) -> Result<Self, ControllerError> {
         let (source, loaded) = YamlSource::load(&config.paths, config.mesh.as_deref())?;
-        tell_unserved(&loaded.changes);
         let mut controller = Self::empty(loaded.mesh)?;
         let mut ledger = Ledger::default();
         log(&ledger.replace(loaded.findings));
@@ -176,7 +174,6 @@ impl Controller {
 }
 
 async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
-    tell_unserved(&batch.changes);
     let conflicts = match batch.mesh {
         Some(mesh) => publisher.replace(mesh, batch.changes).await?,
         None => publisher.apply(batch.changes).await?,
@@ -185,24 +182,6 @@ async fn take(publisher: &Publisher, batch: Batch) -> Result<(), Ended> {
         tracing::info!(subject = conflict.subject, rule = ?conflict.rule, winner = ?conflict.winner, "conflict");
     }
     Ok(())
-}
-
-/// Says of resources that pass validation what of them changes nothing yet.
-fn tell_unserved(changes: &[Change]) {
-    for change in changes {
-        let Change::Apply(object) = change else { continue };
-        let what = match object {
-            Object::Gateway(gateway) => gateways::unserved(&gateway.spec),
-            Object::DestinationRule(rule) => rules::unserved(&rule.spec),
-            Object::Sidecar(sidecar) => sidecar::unserved(&sidecar.spec),
-            _ => continue,
-        };
-        let key = object.key();
-        for what in what {
-            let object = format!("{} {}/{}", kind_name(key.kind), key.namespace, key.name);
-            tracing::warn!(object, "checked, but not supported yet, so that it changes no traffic: {what}");
-        }
-    }
 }
 
 /// Takes in what changes; then, when files have been quiet for a moment, says what is wrong now that was not before, and

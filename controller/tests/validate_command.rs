@@ -161,3 +161,63 @@ fn names_of_files_become_uris() {
     let uri = results[0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"].as_str().unwrap();
     assert!(uri.starts_with("file:///") && uri.ends_with("/a%20b%25.yaml"), "{uri}");
 }
+
+/// What passes every gate of a cluster and is not carried out here.
+const UNSERVED: &str = "\
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: g, namespace: prod}
+spec:
+  servers:
+  - {port: {number: 443, name: a, protocol: TLS}, hosts: ['*'], tls: {mode: AUTO_PASSTHROUGH}}
+  - {port: {number: 0, name: b, protocol: HTTP}, bind: unix:///run/b, hosts: ['*']}
+  - {port: {number: 444, name: c, protocol: HTTPS}, hosts: [c.example.com], tls: {mode: ISTIO_MUTUAL}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: d, namespace: prod}
+spec:
+  host: a.example.com
+  trafficPolicy:
+    tunnel: {protocol: POST, targetHost: b.example.com, targetPort: 443}
+    portLevelSettings:
+    - port: {number: 443}
+      tls: {mode: SIMPLE, credentialName: secret}
+  subsets:
+  - name: v1
+    trafficPolicy: {tls: {mode: SIMPLE}}
+---
+apiVersion: networking.istio.io/v1
+kind: Sidecar
+metadata: {name: s, namespace: prod}
+spec:
+  ingress: [{port: {number: 80, name: http, protocol: HTTP}, defaultEndpoint: '127.0.0.1:8080'}]
+";
+
+#[test]
+fn what_is_not_carried_out_is_a_warning_that_names_the_field() {
+    let output = validate(&[], UNSERVED);
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for line in [
+        "-:6: warning[not-served] Gateway prod/g spec.servers[0].tls.mode: AUTO_PASSTHROUGH",
+        "-:7: warning[not-served] Gateway prod/g spec.servers[1].bind: ",
+        "-:8: warning[needs-files] Gateway prod/g spec.servers[2].tls.mode: ",
+        "-:16: warning[served-otherwise] DestinationRule prod/d spec.trafficPolicy.tunnel.protocol: ",
+        "-:19: warning[not-served] DestinationRule prod/d spec.trafficPolicy.portLevelSettings[0].tls.credentialName: ",
+        "-:22: warning[served-otherwise] DestinationRule prod/d spec.subsets[0].trafficPolicy.tls: ",
+        "-:28: warning[not-served] Sidecar prod/s spec.ingress: ",
+    ] {
+        assert!(said.lines().any(|said| said.starts_with(line) && said.ends_with(" (portolan)")), "{line} in\n{said}");
+    }
+    assert_eq!(said.matches("(portolan)").count(), 7, "{said}");
+}
+
+#[test]
+fn what_is_not_carried_out_has_a_row_in_the_documents() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/findings.md");
+    let document = std::fs::read_to_string(path).expect("the document is part of the repository");
+    for code in portolan_controller::validate::unserved::CODES {
+        assert!(document.contains(&format!("| `{code}` |")), "{code} is not described");
+    }
+}

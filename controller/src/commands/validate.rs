@@ -19,11 +19,12 @@ Reads Istio resources from files, directories (*.yaml, *.yml and *.json, in dept
 what a cluster would say of them. YAML and JSON, several documents to a file, and lists are read; one bad document \
 never hides the others.
 
-Three gates speak:
+Four gates speak:
   webhook   istiod's admission webhook. Its errors keep a resource from being applied, here too.
   schema    the API server with the CRD's schema, as a second opinion: fields it would drop or refuse.
   conflict  resources in each other's way: the same one twice, a host or a port that two claim, a route to nowhere,
-            a wildcard that takes too much. docs/findings.md lists them.";
+            a wildcard that takes too much. docs/findings.md lists them.
+  portolan  what a cluster would act on and Portolan does not, or otherwise than the field asks for.";
 
 const EXAMPLES: &str = "\
 Findings read

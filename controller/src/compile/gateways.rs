@@ -434,29 +434,3 @@ fn to_https() -> Route {
         action: Action { outcome: Outcome::Redirect(redirect), extras: None },
     }
 }
-
-/// What of a Gateway is not acted on, in words.
-pub fn unserved(spec: &Gateway) -> Vec<&'static str> {
-    let mut out = BTreeSet::new();
-    for server in &spec.servers {
-        if server.bind.starts_with("unix://") {
-            out.insert("servers that bind a Unix socket");
-        }
-        let Some(tls) = &server.tls else { continue };
-        match tls.mode {
-            ServerTlsMode::IstioMutual => {
-                out.insert(
-                    "servers with tls.mode ISTIO_MUTUAL where a proxy has no --mesh-certificates: clients are refused",
-                );
-            }
-            ServerTlsMode::AutoPassthrough => {
-                out.insert("servers with tls.mode AUTO_PASSTHROUGH");
-            }
-            _ => {}
-        }
-        if !tls.ecdh_curves.is_empty() {
-            out.insert("tls.ecdhCurves");
-        }
-    }
-    out.into_iter().collect()
-}

@@ -9,7 +9,7 @@ use portolan_registry::route::{HashCookie, HashKey};
 
 use super::service::Context;
 use crate::api::destination_rule::{
-    ClientTlsMode, ConsistentHash, DestinationRule, LoadBalancer, PortTrafficPolicy, Subset, TrafficPolicy,
+    ConsistentHash, DestinationRule, LoadBalancer, PortTrafficPolicy, Subset, TrafficPolicy,
 };
 use crate::model::{Checked, Labels};
 use crate::validate::predicates;
@@ -279,34 +279,6 @@ impl Merged {
         out.retry_budget = over.retry_budget.clone().or(out.retry_budget);
         out
     }
-}
-
-/// What of a rule is not acted on, in words.
-pub fn unserved(spec: &DestinationRule) -> Vec<&'static str> {
-    let mut out = BTreeSet::new();
-    let policies = spec.traffic_policy.iter().chain(spec.subsets.iter().filter_map(|s| s.traffic_policy.as_ref()));
-    for policy in policies {
-        let levels = policy.port_level_settings.iter();
-        let balancers = levels.clone().map(|level| &level.load_balancer).chain([&policy.load_balancer]);
-        for balancer in balancers.flatten() {
-            if balancer.backend_utilization.is_some() {
-                out.insert("loadBalancer by backendUtilization");
-            }
-        }
-        for tls in levels.map(|level| &level.tls).chain([&policy.tls]).flatten() {
-            if tls.mode == ClientTlsMode::IstioMutual {
-                out.insert("tls mode ISTIO_MUTUAL where a proxy has no --mesh-certificates: plain text is sent");
-            } else if !tls.credential_name.is_empty() && tls.mode != ClientTlsMode::Disable {
-                out.insert("tls by credentialName: plain text is sent");
-            } else if tls.ca_certificates.is_empty() && tls.mode != ClientTlsMode::Disable {
-                out.insert("verification of the server, which needs tls.caCertificates");
-            }
-        }
-        if policy.tunnel.as_ref().is_some_and(|tunnel| tunnel.protocol == "POST") {
-            out.insert("tunnel.protocol POST: CONNECT is used");
-        }
-    }
-    out.into_iter().collect()
 }
 
 fn port_level(policy: &TrafficPolicy, port: u16) -> Option<&PortTrafficPolicy> {

@@ -142,21 +142,6 @@ fn is_served(listener: &EgressListener) -> bool {
     !listener.bind.starts_with("unix://") && !proxy
 }
 
-/// What of a Sidecar is not acted on, in words.
-pub fn unserved(spec: &Sidecar) -> Vec<&'static str> {
-    let mut out = Vec::new();
-    if spec.egress.iter().any(|listener| listener.bind.starts_with("unix://")) {
-        out.push("egress listeners with bind unix://");
-    }
-    if !spec.egress.iter().all(|listener| is_served(listener) || listener.bind.starts_with("unix://")) {
-        out.push("egress listeners with port.protocol HTTP_PROXY");
-    }
-    if !spec.ingress.is_empty() || spec.inbound_connection_pool.is_some() {
-        out.push("inbound traffic");
-    }
-    out
-}
-
 impl Listener {
     fn new(listener: &EgressListener, scope: &Scope) -> Listener {
         let own = scope.namespace.as_str();

@@ -27,7 +27,7 @@ use crate::model::{Object, ServiceEntry};
 use crate::source::kubernetes::store::{PLACE, Shared};
 use crate::source::read::{self, Outcome};
 use crate::validate::conflict::{self, Placed};
-use crate::validate::finding::{Finding, Severity};
+use crate::validate::finding::{Finding, Gate, Severity};
 
 /// Most bytes of a request: two versions of the largest resource that an API server stores (1.5 MiB), and room.
 const LIMIT: usize = 8 << 20;
@@ -111,7 +111,7 @@ impl Webhook {
         let (outcomes, findings) = read::resource(&tree::from_json(object, 0), &Arc::from(PLACE));
         // What the schema has to say the API server has said itself.
         let of = |severity| {
-            let gate = |f: &&Finding| f.severity == severity && f.gate == crate::validate::finding::Gate::Webhook;
+            let gate = |f: &&Finding| f.severity == severity && matches!(f.gate, Gate::Webhook | Gate::Portolan);
             findings.iter().filter(gate).map(|f| text(f, false)).collect::<Vec<_>>()
         };
         let (errors, mut warnings) = (of(Severity::Error), of(Severity::Warning));

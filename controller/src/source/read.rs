@@ -203,6 +203,7 @@ impl Reader<'_> {
                 vec![Object::EndpointSlice(Arc::new(api::kubernetes::endpoint_slice(meta, root, &mut issues)))]
             }
         };
+        issues.extend(objects.iter().filter(|_| !unreadable).flat_map(validate::unserved::of));
         issues.extend(schema::validate(kind, root));
         // A version that no cluster serves is no resource, whatever istiod would say of the rest.
         let refused = issues.iter().any(|issue| issue.rejects() || issue.code == "no such resource");

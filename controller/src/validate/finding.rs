@@ -24,6 +24,8 @@ pub enum Gate {
     Schema,
     /// Nobody: two resources are in each other's way.
     Conflict,
+    /// Nobody: a cluster would act on it, and Portolan does not.
+    Portolan,
 }
 
 /// A finding before it is known where the resource comes from.
@@ -104,6 +106,7 @@ impl fmt::Display for Finding {
             Gate::Webhook => "webhook",
             Gate::Schema => "schema",
             Gate::Conflict => "conflict",
+            Gate::Portolan => "portolan",
         };
         write!(f, "{}:{}: {severity}[{}]", self.file, self.line, self.code)?;
         if !self.kind.is_empty() {

@@ -20,6 +20,7 @@ pub mod service_entry;
 mod shared;
 pub mod sidecar;
 mod traffic_policy;
+pub mod unserved;
 pub mod virtual_service;
 pub mod workload_entry;
 

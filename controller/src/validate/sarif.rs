@@ -126,6 +126,7 @@ fn gate(finding: &Finding) -> &'static str {
         Gate::Webhook => "webhook",
         Gate::Schema => "schema",
         Gate::Conflict => "conflict",
+        Gate::Portolan => "portolan",
     }
 }
 
@@ -137,6 +138,7 @@ fn describe(id: &str) -> String {
     match id.split_once('/') {
         Some(("webhook", code)) => format!("istiod's admission webhook: {code}"),
         Some(("schema", code)) => format!("The CRD's schema: {code}"),
+        Some(("portolan", code)) => format!("Checked, but not carried out: {code}"),
         Some((_, code)) => format!("Resources in each other's way: {code}"),
         None => id.to_owned(),
     }

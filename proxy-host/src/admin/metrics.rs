@@ -234,6 +234,7 @@ fn controller(admin: &Admin, families: &mut Families) {
             Gate::Webhook => "webhook",
             Gate::Schema => "schema",
             Gate::Conflict => "conflict",
+            Gate::Portolan => "portolan",
         };
         let severity = if severity == Severity::Error { "error" } else { "warning" };
         let labels = [("gate", gate), ("severity", severity), ("code", code)];
