@@ -30,6 +30,11 @@ if KUBE_APISERVER=$(tests/kubernetes/build.sh) && command -v etcd >/dev/null; th
 fi
 python3 bench/routes.py target/release/proxy-host target/release/portolan target/release/origin \
     target/filter/wasm32-wasip1/wasm/portolan_filter.wasm "$venv/envoy"
+if command -v valgrind >/dev/null; then
+    python3 bench/untouched.py target/release/proxy-host
+else
+    echo "SKIPPED: bench/untouched.py needs valgrind"
+fi
 python3 bench/traffic.py target/release/proxy-host target/release/load "$venv/envoy"
 python3 bench/floods.py target/release/proxy-host target/release/load
 ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm
