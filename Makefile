@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
+.PHONY: help build release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
 # tests/conformance/select_cases.py names.
@@ -13,6 +13,9 @@ help:  ## this list
 
 build:  ## everything, dev profile
 	cargo build --workspace --locked
+
+release:  ## target/deployed/proxy-host and portolan, as they are to be deployed: the first guided by a profile; takes a while
+	deploy/pgo/build.py
 
 run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 leaves after the first two requests
 	@examples/quickstart/run.sh

@@ -8,8 +8,15 @@ echo "the same with huge pages"
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 cargo bench --locked -p portolan-registry --bench lookup -- 1000000
 cargo bench --locked -p portolan-tests --bench filter
 cargo build --locked --release -p portolan-proxy-host -p portolan-tests --bins
+# What is deployed, if it is there and of these sources.
+proxy_host=target/release/proxy-host
+deployed=target/deployed/proxy-host
+if [ -e $deployed ] && [ -z "$(find Cargo.toml Cargo.lock ./*/src ./*/Cargo.toml -newer $deployed -print -quit)" ]; then
+    proxy_host=$deployed
+fi
+echo "proxy-host is $proxy_host"
 for entries in 10 100000; do
-    python3 bench/serving.py target/release/proxy-host target/release/origin $entries
+    python3 bench/serving.py "$proxy_host" target/release/origin $entries
 done
 cargo build --locked --release -p portolan-controller --bins --examples
 venv=$(tests/venv.sh)
@@ -26,15 +33,15 @@ for entries in 10000 100000; do
 done
 # A cluster of its own, where Go and etcd are there to have one.
 if KUBE_APISERVER=$(tests/kubernetes/build.sh) && command -v etcd >/dev/null; then
-    KUBE_APISERVER=$KUBE_APISERVER "$venv/python" bench/kubernetes.py target/release/portolan target/release/proxy-host
+    KUBE_APISERVER=$KUBE_APISERVER "$venv/python" bench/kubernetes.py target/release/portolan "$proxy_host"
 fi
-python3 bench/routes.py target/release/proxy-host target/release/portolan target/release/origin \
+python3 bench/routes.py "$proxy_host" target/release/portolan target/release/origin \
     target/filter/wasm32-wasip1/wasm/portolan_filter.wasm "$venv/envoy"
 if command -v valgrind >/dev/null; then
-    python3 bench/untouched.py target/release/proxy-host
+    python3 bench/untouched.py "$proxy_host"
 else
     echo "SKIPPED: bench/untouched.py needs valgrind"
 fi
-python3 bench/traffic.py target/release/proxy-host target/release/load "$venv/envoy"
-python3 bench/floods.py target/release/proxy-host target/release/load
+python3 bench/traffic.py "$proxy_host" target/release/load "$venv/envoy"
+python3 bench/floods.py "$proxy_host" target/release/load
 ls -l target/filter/wasm32-wasip1/wasm/portolan_filter.wasm 2>/dev/null || make wasm
