@@ -3,7 +3,7 @@
 
 use std::{
     error::Error as _,
-    future::{Future as _, poll_fn},
+    future::{Future, poll_fn},
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -12,7 +12,7 @@ use ::http::{HeaderMap, HeaderValue, Method, Request, Response, header::CONTENT_
 use bytes::Bytes;
 use h2::{
     Reason, RecvStream, SendStream,
-    client::{Builder, Connection, SendRequest},
+    client::{Builder, Connection, ResponseFuture, SendRequest},
 };
 use http_body::{Body as _, Frame, SizeHint};
 
@@ -54,32 +54,59 @@ pub async fn send(
     sender: &mut SendRequest<Bytes>,
     request: Request<RequestBody>,
 ) -> Result<Response<Received>, h2::Error> {
-    let (mut head, body) = request.into_parts();
-    prepare(&mut head.headers, &head.method, &body);
-    let end = body.is_end_stream();
-    let (mut response, stream) = sender.send_request(Request::from_parts(head, ()), end)?;
-    let answered = if end {
-        drop(stream);
-        response.await?
-    } else {
-        // The server may have as many streams as it wants, and then this one waits for its turn.
-        poll_fn(|cx| sender.poll_ready(cx)).await?;
-        let mut sending = Some(Box::pin(pass(body, stream)));
-        let answered = poll_fn(|cx| {
-            if sending.as_mut().is_some_and(|sending| sending.as_mut().poll(cx).is_ready()) {
-                sending = None;
+    let (mut response, unsent) = begin(sender, request)?;
+    let answered = match unsent {
+        None => response.await?,
+        Some((body, stream)) => {
+            // Rarer, and its state must not weigh on each request.
+            let (answered, sending) = Box::pin(with_body(sender, &mut response, body, stream)).await?;
+            if let Some(sending) = sending {
+                exec::spawn(sending);
             }
-            Pin::new(&mut response).poll(cx)
-        });
-        let answered = answered.await?;
-        if let Some(sending) = sending {
-            exec::spawn(sending);
+            answered
         }
-        answered
     };
     let (head, stream) = answered.into_parts();
     let body = Received::new(stream, &head.headers);
     Ok(Response::from_parts(head, body))
+}
+
+/// A body that is still to be sent, and where.
+type Unsent = (RequestBody, SendStream<Bytes>);
+
+/// Sends the head.
+fn begin(
+    sender: &mut SendRequest<Bytes>,
+    request: Request<RequestBody>,
+) -> Result<(ResponseFuture, Option<Unsent>), h2::Error> {
+    let (mut head, body) = request.into_parts();
+    prepare(&mut head.headers, &head.method, &body);
+    let end = body.is_end_stream();
+    let (response, stream) = sender.send_request(Request::from_parts(head, ()), end)?;
+    Ok((response, (!end).then_some((body, stream))))
+}
+
+/// What goes on sending a body.
+type Sending = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Sends the body until there is an answer, and says what is left of that.
+async fn with_body(
+    sender: &mut SendRequest<Bytes>,
+    response: &mut ResponseFuture,
+    body: RequestBody,
+    stream: SendStream<Bytes>,
+) -> Result<(Response<RecvStream>, Option<Sending>), h2::Error> {
+    // The server may have as many streams as it wants, and then this one waits for its turn.
+    poll_fn(|cx| sender.poll_ready(cx)).await?;
+    let mut sending: Option<Sending> = Some(Box::pin(pass(body, stream)));
+    let answered = poll_fn(|cx| {
+        if sending.as_mut().is_some_and(|sending| sending.as_mut().poll(cx).is_ready()) {
+            sending = None;
+        }
+        Pin::new(&mut *response).poll(cx)
+    });
+    let answered = answered.await?;
+    Ok((answered, sending))
 }
 
 /// Says how long the body is, where that is known and is of interest.
