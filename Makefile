@@ -35,7 +35,7 @@ test-unit: build  ## cargo test of every crate
 	cargo test --workspace --locked --no-fail-fast
 
 h2spec:  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)
-	cargo test --locked -p portolan-proxy-host --test h2spec -- --nocapture
+	cargo test --locked -p portolan-proxy-host --test it h2spec -- --nocapture
 
 conformance: build  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
 	tests/conformance/run.sh $(KINDS)

@@ -1,6 +1,6 @@
 //! One change costs the same whatever the number of entries.
 
-#[path = "compile/objects.rs"]
+#[path = "it/objects.rs"]
 mod objects;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
 //! `proxy-host capture` in network namespaces of its own: what is captured, and what is dialled directly.
 
+#[path = "it/proxy_support/mod.rs"]
 mod proxy_support;
 
 use std::{
