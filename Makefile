@@ -4,8 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help build release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
-# Kinds of resources that Portolan serves; the recorded cases that hold only these must agree, but for those that
-# tests/conformance/select_cases.py names.
+# Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
 KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar Gateway
 
 help:  ## this list

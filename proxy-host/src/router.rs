@@ -418,7 +418,7 @@ pub async fn connect(
     let endpoint = choose(worker, cluster, wanted, &[], Retries::default()).await.map_err(Failure::Choose)?;
     entry.upstream = endpoint.address().cloned();
     let active = endpoint.begin();
-    let connected = cluster.connect(&endpoint, wanted).await;
+    let connected = cluster.connect(&endpoint, wanted, Some(wanted.host.clone().unwrap_or_default())).await;
     let (stream, address) = connected.map_err(|error| match error {
         ConnectError::Overflow => Failure::Overflow(Tries::default()),
         error => Failure::Connect(error, Tries::default()),

@@ -80,7 +80,7 @@ async fn carry(
     };
     let _active = endpoint.begin();
     entry.upstream = endpoint.address().cloned();
-    let mut upstream = match cluster.connect(&endpoint, &wanted).await {
+    let mut upstream = match cluster.connect(&endpoint, &wanted, None).await {
         Ok((upstream, address)) => {
             entry.upstream = Some(address);
             upstream

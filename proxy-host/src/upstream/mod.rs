@@ -338,13 +338,18 @@ impl Cluster {
             .clone()
     }
 
-    /// Opens a connection for a TCP stream.
+    /// Opens a connection for a TCP stream, or for a CONNECT request to this host.
     ///
     /// # Errors
     /// The endpoint refuses or does not answer in time.
-    pub async fn connect(&self, endpoint: &Endpoint, wanted: &Wanted) -> Result<(Stream, Address), ConnectError> {
-        let apart = self.told(wanted).map(|client| Apart { client: Some(client), ..Apart::default() });
-        let connected = self.connect_for(endpoint, apart.as_ref(), false).await;
+    pub async fn connect(
+        &self,
+        endpoint: &Endpoint,
+        wanted: &Wanted,
+        host: Option<String>,
+    ) -> Result<(Stream, Address), ConnectError> {
+        let apart = Apart { host, client: self.told(wanted), ..Apart::default() };
+        let connected = self.connect_for(endpoint, Some(&apart), false).await;
         match &connected {
             Ok(_) => self.note(endpoint, Outcome::Connected),
             Err(ConnectError::Overflow) => stats::here(|stats| stats.upstream_overflows.add(1)),
@@ -374,7 +379,8 @@ impl Cluster {
             return None;
         }
         let by_host = options.tls.as_ref().is_some_and(|tls| tls.name_of_host || tls.certified_host);
-        let host = wanted.host.clone().filter(|_| by_host);
+        // One that is missing is one that no certificate has.
+        let host = by_host.then(|| wanted.host.clone().unwrap_or_default());
         let client = self.told(wanted);
         if host.is_none() && client.is_none() {
             return None;

@@ -65,40 +65,47 @@ pub(crate) enum TlsError {
 /// When each of the files was changed, as far as that is known.
 type Stamps = [Option<SystemTime>; 4];
 
+/// What was made of files that were changed then.
+type Loaded = Option<(Stamps, Arc<ClientConfig>)>;
+
 /// Opens TLS on connections of one cluster.
 #[derive(Default)]
 pub struct Connector {
-    loaded: RefCell<Option<(Stamps, Arc<ClientConfig>)>>,
+    /// For bytes, and for requests, whose host the certificate may have to name.
+    loaded: RefCell<[Loaded; 2]>,
 }
 
 impl Connector {
-    /// Does the handshake; `host` is the one that the request is for.
+    /// Does the handshake; `host` is the one that the request is for, `None` for bytes: as in Envoy those ask for no name of
+    /// theirs, nor for one in the certificate.
     ///
     /// # Errors
     /// The files', or the server's certificate is not the expected one.
     pub async fn connect(&self, tls: &Tls, host: Option<&str>, stream: Stream) -> Result<Stream, ConnectError> {
-        let config = self.config(tls).map_err(|error| ConnectError::Tls(error.to_string()))?;
-        let host = host.filter(|_| tls.name_of_host || tls.certified_host).map(|h| h.trim_matches(['[', ']']));
-        let asked = tls.name.as_deref().or(host.filter(|_| tls.name_of_host));
+        let config = self.config(tls, host.is_some()).map_err(|error| ConnectError::Tls(error.to_string()))?;
+        let host = host.filter(|_| tls.name_of_host || tls.certified_host);
+        let host = host.map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase());
+        let asked = tls.name.as_ref().or(host.as_ref().filter(|_| tls.name_of_host));
         // A name that is no name is not sent, as an address is not.
         let nameless = || ServerName::IpAddress(IpAddr::from([0, 0, 0, 0]).into());
-        let name = asked.and_then(|name| ServerName::try_from(name.to_owned()).ok()).unwrap_or_else(nameless);
+        let name = asked.and_then(|name| ServerName::try_from(name.clone()).ok()).unwrap_or_else(nameless);
         match TlsConnector::from(config).connect(name, Box::new(stream)).await {
             Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
             Err(error) => Err(ConnectError::Tls(error.to_string())),
         }
     }
 
-    fn config(&self, tls: &Tls) -> Result<Arc<ClientConfig>, TlsError> {
+    fn config(&self, tls: &Tls, of_request: bool) -> Result<Arc<ClientConfig>, TlsError> {
         let (certificate, key) = tls.own.as_ref().map(|(c, k)| (c.as_path(), k.as_path())).unzip();
         let stamps = [tls.authorities.as_deref(), tls.revoked.as_deref(), certificate, key].map(stamp);
-        if let Some((known, config)) = &*self.loaded.borrow()
+        let slot = usize::from(of_request);
+        if let Some((known, config)) = &self.loaded.borrow()[slot]
             && *known == stamps
         {
             return Ok(config.clone());
         }
-        let config = Arc::new(load(tls)?);
-        *self.loaded.borrow_mut() = Some((stamps, config.clone()));
+        let config = Arc::new(load(tls, of_request)?);
+        self.loaded.borrow_mut()[slot] = Some((stamps, config.clone()));
         Ok(config)
     }
 }
@@ -113,7 +120,7 @@ pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, 
     if all.is_empty() { Err(TlsError::Empty(path.to_owned())) } else { Ok(all) }
 }
 
-fn load(tls: &Tls) -> Result<ClientConfig, TlsError> {
+fn load(tls: &Tls, of_request: bool) -> Result<ClientConfig, TlsError> {
     let unusable = |path: &Path| {
         let path = path.to_owned();
         move |error| TlsError::Unusable { path, error }
@@ -133,7 +140,7 @@ fn load(tls: &Tls) -> Result<ClientConfig, TlsError> {
         (Some(roots), Some(path)) => Some(revoked(path, roots, &provider)?),
         _ => None,
     };
-    let (names, host) = (tls.names.clone(), tls.certified_host);
+    let (names, host) = (tls.names.clone(), tls.certified_host && of_request);
     let verifier = Verifier { provider: provider.clone(), roots, revoked, names, host };
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let builder = builder.map_err(unusable(Path::new("TLS")))?;
