@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use portolan_registry::decision::{Rule, Verdict};
-use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_of};
+use portolan_registry::lookup::{Listener, PASSTHROUGH_CLUSTER, Request, server_id, server_of};
 
 use crate::carry::{self, Carried};
 use crate::config::NoSnapshot;
@@ -17,13 +17,15 @@ use crate::vm::{self, Vm};
 pub const CLUSTER_HEADER: &str = "x-portolan-cluster";
 
 /// The header by which the host says where a request came in, if the configuration promises that: its address and port,
-/// or [`PROXY`]. What a client says there the host has replaced.
+/// [`PROXY`], or the name of a chain that is an [`EGRESS_PROXY`]. What a client says there the host has replaced.
 pub const DESTINATION_HEADER: &str = "x-portolan-destination";
 /// It came to the HTTP proxy.
 const PROXY: &[u8] = b"proxy";
 
 /// Name of the host's filter chain that takes HTTP proxy requests.
 const PROXY_CHAIN: &[u8] = b"http_proxy";
+/// How the names of chains begin that take the requests of a Sidecar's own forward proxies.
+const EGRESS_PROXY: &[u8] = b"egress_proxy:";
 
 /// Does this header give orders to the host, and is it none that an application may send under Istio? Timeouts and
 /// retries are the application's; the original destination, faults, and what the host says about itself are not.
@@ -227,6 +229,7 @@ fn read_head<'h>(host: &impl Host, headers: &'h [u8], told: bool) -> Result<Head
 fn told_by(destination: Option<&[u8]>) -> Option<Listener> {
     match destination? {
         PROXY => Some(Listener::Proxy),
+        chain if chain.starts_with(EGRESS_PROXY) => Some(Listener::EgressProxy(server_id(chain))),
         captured => address(captured).map(Listener::Captured),
     }
 }
@@ -241,6 +244,7 @@ fn asked(host: &impl Host, gateway: bool) -> Option<Listener> {
     let chain = host.property("xds\0filter_chain_name").unwrap_or_default();
     Some(match &*chain {
         PROXY_CHAIN => Listener::Proxy,
+        name if name.starts_with(EGRESS_PROXY) => Listener::EgressProxy(server_id(name)),
         name if gateway => Listener::Gateway { port: destination.port(), server: server_of(name, destination.port()) },
         _ => Listener::Captured(destination),
     })

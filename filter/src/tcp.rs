@@ -1,7 +1,9 @@
 //! Stream contexts: one decision for each connection that is not HTTP, before its first byte goes on.
 
+use std::net::SocketAddr;
+
 use portolan_registry::decision::{Rule, Verdict};
-use portolan_registry::lookup::{Connection, PASSTHROUGH_CLUSTER};
+use portolan_registry::lookup::{Connection, PASSTHROUGH_CLUSTER, socket_address};
 use portolan_registry::route::Outcome as Routed;
 use portolan_registry::routing::NoHeaders;
 use prost::Message;
@@ -20,6 +22,9 @@ pub const CLUSTER_STATE: &str = "envoy.tcp_proxy.cluster";
 const NO_TUNNEL_STATE: &str = "envoy.tcp_proxy.disable_tunneling";
 /// The property that names what is asked for in a tunnel.
 const TUNNEL: &str = "portolan.tunnel";
+
+/// How the names of chains begin that take the connections of a Sidecar's Unix sockets.
+const EGRESS_SOCKET: &[u8] = b"egress_socket:";
 
 /// Why a connection is closed.
 #[derive(Debug, PartialEq, Eq)]
@@ -54,7 +59,7 @@ impl<H: Host> Vm<H> {
         let Some(snapshot) = subscription.as_ref().and_then(|s| s.snapshot()) else {
             return self.connect_without_snapshot();
         };
-        let Some(destination) = destination(host) else {
+        let Some(destination) = destination(host).filter(|at| at.port() != 0).or_else(|| socket(host)) else {
             let reason = "the host does not say the destination".to_owned();
             return Err(Refusal { cause: Cause::NoDestination, reason });
         };
@@ -121,6 +126,12 @@ impl<H: Host> Vm<H> {
             }
         }
     }
+}
+
+/// What stands for the Unix socket that a connection came by, which its chain is named after.
+fn socket(host: &impl Host) -> Option<SocketAddr> {
+    let chain = host.property("xds\0filter_chain_name").filter(|name| name.starts_with(EGRESS_SOCKET))?;
+    Some(socket_address(&chain))
 }
 
 fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {

@@ -115,3 +115,23 @@ fn a_tunnel_is_asked_for_before_the_cluster_is_named() {
     assert_eq!((off.path.as_str(), off.value.as_slice(), off.span), (NO_TUNNEL_STATE, b"false".as_slice(), 2));
     assert_eq!(SetFilterState::decode(cluster.as_slice()).unwrap().value, b"outbound|3128||proxy");
 }
+
+#[test]
+fn a_unix_socket_is_known_by_its_chain() {
+    let chain = b"egress_socket:unix:///run/t";
+    let mut all = rows(CatchAll::Block);
+    let taken = all.iter().find_map(|row| match row {
+        Row::Address { tcp: Some(tcp), .. } => Some(tcp.clone()),
+        _ => None,
+    });
+    let at = socket_address(chain);
+    all.push(Row::Address { address: at.ip(), port: at.port(), http: None, tcp: taken, sni: Vec::new() });
+    let mut vm = configured(CONFIGURATION);
+    deliver(&mut vm, &whole(&writer(&all), 1));
+    vm.host.set_property("xds\0filter_chain_name", chain);
+    assert_eq!(connect(&mut vm, "/run/t", b""), routed("outbound|3306||db"));
+    vm.host.set_property("xds\0filter_chain_name", b"egress_socket:unix:///run/other");
+    assert_eq!(connect(&mut vm, "/run/other", b""), closed());
+    vm.host.set_property("xds\0filter_chain_name", b"tcp");
+    assert_eq!(connect(&mut vm, "/run/t", b""), closed());
+}

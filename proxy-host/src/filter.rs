@@ -68,6 +68,8 @@ pub enum Via {
     HttpProxy,
     /// By a socket of a Sidecar's egress listener.
     Egress,
+    /// By a Unix socket or a forward proxy of a Sidecar's: the name of its chain.
+    EgressSocket(Arc<str>),
     /// By a port of a gateway.
     Gateway {
         /// Name of the server's filter chain.
@@ -82,6 +84,12 @@ impl Connection {
     #[must_use]
     pub fn meant_for(&self) -> Option<SocketAddr> {
         (self.via == Via::Captured).then_some(self.destination)
+    }
+
+    /// Whether the client knows us as its forward proxy.
+    #[must_use]
+    pub fn is_proxied(&self) -> bool {
+        matches!(self.via, Via::HttpProxy | Via::EgressSocket(_))
     }
 
     /// What stands before `://` in what the client asks for.
@@ -127,6 +135,7 @@ impl Properties for Connection {
                 Via::Captured => b"captured",
                 Via::HttpProxy => b"http_proxy",
                 Via::Egress => b"egress",
+                Via::EgressSocket(chain) => chain.as_bytes(),
                 Via::Gateway { chain, .. } => chain.as_bytes(),
             })),
             _ => None,

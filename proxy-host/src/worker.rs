@@ -60,7 +60,7 @@ pub struct Worker {
     pub refusals: Refusals,
     /// Certificates of a gateway's servers.
     pub terminations: Terminations,
-    index: usize,
+    pub(crate) index: usize,
     plans: watch::Sender<Arc<Plans>>,
     clusters: RefCell<HashMap<String, Slot>>,
     needs: mpsc::UnboundedSender<Need>,

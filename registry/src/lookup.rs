@@ -1,7 +1,7 @@
 //! The lookup: Envoy's rules of selection (SEMANTICS 0.2, 1.4 and 3) over a snapshot. Each level commits to its best
 //! match; there is no way back from one that fails later.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -36,6 +36,8 @@ pub enum Listener {
     Captured(SocketAddr),
     /// On the HTTP proxy port.
     Proxy,
+    /// On a forward proxy of its own, by [`server_id`]: an egress listener of a Sidecar.
+    EgressProxy(u32),
     /// On a port of a gateway.
     Gateway {
         /// The port.
@@ -56,6 +58,13 @@ pub fn server_id(name: &[u8]) -> u32 {
 /// has it; what else is without one is of no server that there is.
 pub fn server_of(chain: &[u8], port: u16) -> u32 {
     if chain.is_empty() { server_id(format!("http.{port}").as_bytes()) } else { server_id(chain) }
+}
+
+/// What stands for a Unix socket where rows want an address: one of the prefix whose packets are discarded (RFC 6666), by a
+/// digest of the name of the socket's filter chain.
+pub fn socket_address(chain: &[u8]) -> SocketAddr {
+    let address = 0x0100_u128 << 112 | u128::from(hash::checksum(0, chain));
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::from(address)), 0)
 }
 
 /// An HTTP request.
@@ -121,6 +130,10 @@ impl Snapshot {
         let mut buffer = None;
         let (port, server, wanted) = match query.listener {
             Listener::Proxy => (asked_port.unwrap_or(if query.connect { 443 } else { 80 }), 0, Use::Proxy),
+            // Of a name alone the row itself says what it means, as that of port 0.
+            Listener::EgressProxy(server) => {
+                (asked_port.unwrap_or(if query.connect { 443 } else { 0 }), server, Use::Proxy)
+            }
             Listener::Gateway { port, server } => (port, server, Use::Http),
             Listener::Captured(destination) => {
                 let (address, port) = (destination.ip().to_canonical(), destination.port());
@@ -138,7 +151,7 @@ impl Snapshot {
             Err(_) => return deny(400, Rule::BadName),
         };
         // A gateway's domains have no other form: with a dot behind it, a name is under `*` alone.
-        let dotted = server != 0 && host.ends_with(b".");
+        let dotted = wanted == Use::Http && server != 0 && host.ends_with(b".");
         let found = if dotted {
             self.under(TAG_SUFFIX, b"", port, server, wanted)
         } else {
@@ -167,7 +180,9 @@ impl Snapshot {
             (_, Listener::Gateway { .. }) => deny(404, Rule::NoVirtualHost),
             (CatchAll::Block, _) => deny(502, Rule::Blocked),
             (CatchAll::PassThrough, Listener::Captured(_)) => pass(PASSTHROUGH_CLUSTER),
-            (CatchAll::DynamicDns, _) | (CatchAll::PassThrough, Listener::Proxy) => pass(DYNAMIC_CLUSTER),
+            (CatchAll::DynamicDns, _) | (CatchAll::PassThrough, Listener::Proxy | Listener::EgressProxy(_)) => {
+                pass(DYNAMIC_CLUSTER)
+            }
         }
     }
 

@@ -16,7 +16,7 @@ use super::l4_routes::{self, L4};
 use super::service::{
     Addr, Context, HostPortOwner, Member, Order, Resolved, Source, Spoken, alternate_hosts, http_class, tls_class,
 };
-use super::virtual_services::{Routed, VirtualServices};
+use super::virtual_services::{Routed, Spot, VirtualServices};
 use crate::cluster::endpoints::{Workloads, host_endpoints};
 use crate::cluster::{forward_name, outbound_name};
 use crate::model::{Protocol, Resolution};
@@ -54,6 +54,15 @@ pub(crate) struct Chain {
     pub(crate) tcp: bool,
     /// The listener has a socket of its own.
     pub(crate) bound: bool,
+    /// That socket is a Unix one, by its id; 0: it is none.
+    pub(crate) socket: u32,
+}
+
+impl Chain {
+    /// The port of the row that it is in.
+    pub(crate) fn listens(&self) -> u16 {
+        if self.socket == 0 { self.port } else { 0 }
+    }
 }
 
 /// What a host name puts on a wildcard listener.
@@ -93,8 +102,8 @@ pub(crate) struct Group {
     pub(crate) resolved: Resolved,
     pub(crate) chains: Vec<Chain>,
     pub(crate) domains: Vec<Domain>,
-    /// Route tables, by port.
-    pub(crate) routed: BTreeMap<u16, Routed>,
+    /// Route tables, by socket and port.
+    pub(crate) routed: BTreeMap<Spot, Routed>,
     /// What requests are kept together by on ports without a table.
     hashed: BTreeMap<u16, HashKey>,
     /// How they are retried, where the mesh says so.
@@ -108,8 +117,8 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn new(key: &str, resolved: Resolved, around: &Around<'_>) -> Self {
         let Around { virtual_services, cx, .. } = *around;
-        let ports = resolved.ports.iter().filter(|owner| owner.http.is_some()).map(|owner| owner.number);
-        let routed = ports.filter_map(|port| Some((port, virtual_services.assigned(key, port)?.clone()))).collect();
+        let spots = spots(&resolved);
+        let routed = spots.filter_map(|spot| Some((spot, virtual_services.assigned(key, spot)?.clone()))).collect();
         let mut group = Group {
             pattern: key.parse().ok(),
             resolved,
@@ -151,11 +160,16 @@ impl Group {
                 http: false,
                 tcp: false,
                 bound: place.bound,
+                socket: place.socket,
             };
             if http_class(protocol) {
-                if !OWN_PORTS.contains(&port.number) {
+                if place.socket == 0 && !OWN_PORTS.contains(&port.number) {
                     self.chains.push(Chain { http: true, ..blank });
                 }
+                continue;
+            }
+            // A socket says nothing of the port that is meant.
+            if place.socket != 0 && service.ports().count() != 1 {
                 continue;
             }
             let http = protocol == Protocol::Auto;
@@ -189,7 +203,7 @@ impl Group {
     fn put(&mut self, service: &Spoken, chain: Chain, around: &Around<'_>) {
         let l4 = L4 {
             cx: around.cx,
-            seen: around.virtual_services.seen(chain.port),
+            seen: around.virtual_services.seen((chain.socket, chain.port)),
             host: &service.member.host,
             port: chain.port,
             others: around.others,
@@ -272,7 +286,7 @@ impl Group {
         let mut out: BTreeSet<RowKey> = self.domains.iter().map(|d| RowKey::Host(d.pattern.clone())).collect();
         for chain in &self.chains {
             match (&chain.bind, &chain.sni) {
-                (Bind::Address(ip), _) => drop(out.insert(RowKey::Address(*ip, chain.port))),
+                (Bind::Address(ip), _) => drop(out.insert(RowKey::Address(*ip, chain.listens()))),
                 (Bind::Net(net), _) => drop(out.insert(RowKey::Prefix(chain.port, *net))),
                 (Bind::Wildcard, Some(name)) => drop(out.insert(RowKey::Host(name.clone()))),
                 (Bind::Wildcard, None) => {}
@@ -334,12 +348,12 @@ impl Group {
 
     /// The virtual host of a port, for the host name (`None`) or for an address of this service.
     pub(crate) fn http_choice(&self, port: u16, of: Option<usize>) -> Option<Choice> {
-        let owner = self.owner(port)?;
+        let owner = self.owner(port).filter(|owner| owner.sockets.contains(&0))?;
         let http = owner.http?;
         if of.is_some_and(|of| of != http) {
             return None;
         }
-        if let Some(routed) = self.routed.get(&port) {
+        if let Some(routed) = self.routed.get(&(0, port)) {
             return Some(routed.choice());
         }
         Some(self.kept_together(port, self.choice(owner, self.cluster(port))?))
@@ -380,14 +394,15 @@ impl Group {
     }
 
     /// Ports with a virtual host.
-    pub(crate) fn http_ports(&self) -> Vec<u16> {
-        self.resolved.ports.iter().filter(|owner| owner.http.is_some()).map(|owner| owner.number).collect()
+    pub(crate) fn http_ports(&self) -> Vec<Spot> {
+        spots(&self.resolved).collect()
     }
 
-    /// What the HTTP proxy port does: an entry without endpoints is dialled by the name asked for.
-    pub(crate) fn proxy_choice(&self, port: u16) -> Option<Choice> {
-        let owner = self.owner(port)?;
-        if let Some(routed) = self.routed.get(&port) {
+    /// What the HTTP proxy port does, or a Sidecar's own: an entry without endpoints is dialled by the name asked for.
+    pub(crate) fn proxy_choice(&self, spot: Spot) -> Option<Choice> {
+        let (socket, port) = spot;
+        let owner = self.owner(port).filter(|owner| owner.sockets.contains(&socket))?;
+        if let Some(routed) = self.routed.get(&spot) {
             return Some(routed.choice());
         }
         let base = self.service(owner.base)?;
@@ -396,6 +411,12 @@ impl Group {
             _ => Some(self.kept_together(port, self.choice(owner, self.cluster(port))?)),
         }
     }
+}
+
+/// Where a host name has virtual hosts.
+fn spots(resolved: &Resolved) -> impl Iterator<Item = Spot> {
+    let ports = resolved.ports.iter().filter(|owner| owner.http.is_some());
+    ports.flat_map(|owner| owner.sockets.iter().map(|socket| (*socket, owner.number)))
 }
 
 /// The addresses of a headless service, where its listeners are bound to those of its endpoints (SEMANTICS 3.6).

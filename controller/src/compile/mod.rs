@@ -80,7 +80,7 @@ pub struct Compiler {
     rules: Rules,
     virtual_services: VirtualServices,
     /// HTTP ports of each host, where VirtualServices ask for them.
-    http_ports: HashMap<Arc<str>, Vec<u16>>,
+    http_ports: HashMap<Arc<str>, Vec<virtual_services::Spot>>,
     objects: HashMap<ObjectKey, Object>,
     hosts: HashMap<Arc<str>, HostState>,
     /// ExternalName Services by their own names.
@@ -158,7 +158,13 @@ impl Compiler {
             retry: self.cx.default_retry(),
         }));
         let http = catch_all == CatchAll::DynamicDns;
-        let plan = ListenerPlan { port: 0, wildcard: Some(Inspection { tls: false, http }), ..ListenerPlan::default() };
+        let sockets = self.cx.imports.iter().flat_map(sidecar::Imports::sockets);
+        let plan = ListenerPlan {
+            port: 0,
+            wildcard: Some(Inspection { tls: false, http }),
+            gateway: sockets.map(|(socket, _)| socket.listener()).collect(),
+            ..ListenerPlan::default()
+        };
         self.plans.insert(0, plan);
     }
 
@@ -268,6 +274,8 @@ impl Compiler {
         for key in std::mem::take(&mut self.dirty_rows) {
             let (row, at) = self.row(&key);
             match &key {
+                // A Unix socket is no port's.
+                RowKey::Address(_, 0) => {}
                 RowKey::Address(address, port) => {
                     self.ports.entry(*port).or_default().set_address(*address, at);
                     self.dirty_ports.insert(*port);
@@ -364,7 +372,9 @@ impl Compiler {
             RowKey::Host(pattern) => {
                 let own = self.group(&pattern.to_string());
                 let only = self.virtual_services.only(&pattern.to_string());
-                rows::host(pattern, own.as_ref(), &others, only, mode)
+                let sockets = || self.cx.imports.iter().flat_map(sidecar::Imports::sockets);
+                let alone = |id: u32| sockets().find(|(socket, _)| socket.id() == id)?.1;
+                rows::host(pattern, own.as_ref(), &others, only, mode, alone)
             }
             RowKey::Address(address, port) => return rows::address(*address, *port, &others).unzip(),
             RowKey::Prefix(port, net) => rows::prefix(*port, *net, &others, mode(*port)),

@@ -1,6 +1,6 @@
 //! Rows out of claims: who wins each key, and who loses (SEMANTICS 1.5, 3.5).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use portolan_registry::row::{Choice, HostPort, MAX_LOSERS, Origin, Row};
 use super::chains::{Bind, Chain, Group};
 use super::ports::{At, Mode};
 use super::service::{Order, http_class};
-use super::virtual_services::Routed;
+use super::virtual_services::{Routed, Spot};
 use crate::model::Protocol;
 
 /// A chain with its place in the order and the group that it is from.
@@ -24,10 +24,12 @@ pub(crate) fn host(
     pattern: &HostPattern,
     own: Option<&Group>,
     others: &[Arc<Group>],
-    only: Option<&BTreeMap<u16, Routed>>,
+    only: Option<&BTreeMap<Spot, Routed>>,
     mode: impl Fn(u16) -> Mode,
+    alone: impl Fn(u32) -> Option<u16>,
 ) -> Option<Row> {
-    let mut ports: BTreeMap<u16, HostPort> = BTreeMap::new();
+    let mut ports: BTreeMap<(u16, u32), HostPort> = BTreeMap::new();
+    let blank = |(socket, port): Spot| HostPort { port, server: socket, ..HostPort::default() };
     let mut groups: Vec<(&Group, Option<Vec<Option<usize>>>)> = own.map(|g| (g, None)).into_iter().collect();
     let mut further: Vec<&Group> = others.iter().map(Arc::as_ref).collect();
     let first = |g: &Group| g.resolved.services.first().map(|s| s.order(0));
@@ -37,33 +39,48 @@ pub(crate) fn host(
         groups.push((group, Some(of)));
     }
     // A name that a VirtualService brings is of nobody's but as a further domain: there the first VirtualService has it.
-    for (number, routed) in only.into_iter().flatten() {
-        let slot = ports.entry(*number).or_insert_with(|| HostPort { port: *number, ..HostPort::default() });
+    for (spot, routed) in only.into_iter().flatten() {
+        let (socket, number) = *spot;
+        let slot = ports.entry((number, socket)).or_insert_with(|| blank(*spot));
         let before = |group: &&(&Group, Option<Vec<Option<usize>>>)| {
-            let taken = group.1.iter().flatten().any(|of| group.0.http_choice(*number, *of).is_some());
-            taken && group.0.routed.get(number).is_some_and(|other| other.order < routed.order)
+            let taken = group.1.iter().flatten().any(|of| match socket {
+                0 => group.0.http_choice(number, *of).is_some(),
+                _ => group.0.proxy_choice(*spot).is_some(),
+            });
+            taken && group.0.routed.get(spot).is_some_and(|other| other.order < routed.order)
         };
-        let first = groups.iter().filter(before).filter_map(|g| g.0.routed.get(number)).min_by_key(|r| r.order);
-        slot.http = Some(first.unwrap_or(routed).choice());
-        slot.proxy.clone_from(&slot.http);
+        let first = groups.iter().filter(before).filter_map(|g| g.0.routed.get(spot)).min_by_key(|r| r.order);
+        slot.proxy = Some(first.unwrap_or(routed).choice());
+        slot.http = slot.proxy.clone().filter(|_| socket == 0);
     }
     for (group, domains) in &groups {
         for owner in &group.resolved.ports {
             let number = owner.number;
-            let slot = ports.entry(number).or_insert_with(|| HostPort { port: number, ..HostPort::default() });
-            let (http, proxy) = match domains {
-                None => (group.http_choice(number, None), group.proxy_choice(number)),
-                Some(of) => (
-                    of.iter().find_map(|of| group.http_choice(number, *of)),
-                    (!of.is_empty()).then(|| group.proxy_choice(number)).flatten(),
-                ),
+            let slot = ports.entry((number, 0)).or_insert_with(|| blank((0, number)));
+            let there = |spot: Spot| match domains {
+                Some(of) if of.is_empty() => None,
+                _ => group.proxy_choice(spot),
+            };
+            let http = match domains {
+                None => group.http_choice(number, None),
+                Some(of) => of.iter().find_map(|of| group.http_choice(number, *of)),
             };
             claim(&mut slot.http, http);
-            claim(&mut slot.proxy, proxy);
+            claim(&mut slot.proxy, there((0, number)));
+            for socket in owner.sockets.iter().filter(|socket| **socket != 0) {
+                let spot = (*socket, number);
+                claim(&mut ports.entry((number, *socket)).or_insert_with(|| blank(spot)).proxy, there(spot));
+            }
         }
     }
+    let sockets: BTreeSet<u32> = ports.keys().map(|(_, socket)| *socket).filter(|socket| *socket != 0).collect();
+    for socket in sockets {
+        // A name without a port means the listener's own where the host has it, as under Istio, else 80.
+        let meant = alone(socket).into_iter().chain([80]).find_map(|port| ports.get(&(port, socket))?.proxy.clone());
+        ports.extend(meant.map(|meant| ((0, socket), HostPort { proxy: Some(meant), ..blank((socket, 0)) })));
+    }
     let all: Vec<&Group> = groups.iter().map(|(group, _)| *group).collect();
-    for slot in ports.values_mut() {
+    for slot in ports.values_mut().filter(|slot| slot.server == 0) {
         slot.sni = server_name(&all, pattern, slot.port, mode(slot.port));
     }
     let ports: Vec<HostPort> =
@@ -81,7 +98,7 @@ fn server_name(groups: &[&Group], pattern: &HostPattern, port: u16, mode: Mode) 
 /// The row of a listener of one address; none where nothing claims it.
 pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Option<(Row, At)> {
     let groups = || groups.iter().map(Arc::as_ref);
-    let mut ranked = ranked(groups(), |c| c.port == port && c.bind == Bind::Address(address));
+    let mut ranked = ranked(groups(), |c| c.listens() == port && c.bind == Bind::Address(address));
     let mode = Mode::of(ranked.first()?.1.protocol);
     ranked.retain(|(_, c, _)| mode.takes(c.protocol));
     // The destination is known: of the chains that ask for one, those of the longest prefix that holds it are left.
@@ -103,7 +120,7 @@ pub(crate) fn address(address: IpAddr, port: u16, groups: &[Arc<Group>]) -> Opti
             choice.cluster = ClusterName::default();
             return choice;
         }
-        match group.routed.get(&chain.port) {
+        match group.routed.get(&(0, chain.port)) {
             Some(routed) => routed.choice(),
             None => group.kept_together(chain.port, choice),
         }

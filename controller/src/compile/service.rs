@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -235,6 +236,8 @@ pub(crate) struct HostPortOwner {
     pub(crate) declared: usize,
     /// Index of the service that makes the virtual host, if the port has one: the last in order with that port.
     pub(crate) http: Option<usize>,
+    /// The sockets of a Sidecar that offer the port, by their ids; 0: all that is no such socket.
+    pub(crate) sockets: BTreeSet<u32>,
 }
 
 /// What a host name means to a subscriber.
@@ -298,10 +301,12 @@ fn imported(list: Vec<Spoken>, imports: &Imports, own: &str) -> Option<(Vec<Spok
             let elsewhere = listener.place.address.is_some()
                 || service.addresses.iter().all(|address| matches!(address, Addr::Ip(..)));
             let ports = service.ports().filter(|port| match listener.port {
+                _ if listener.socket.is_some() => true,
                 Some(number) => port.number == number,
                 // Virtual hosts are the port's, whichever of its listeners they came by.
                 None if http_class(port.protocol) => {
-                    let known = taken.iter().flatten().any(|(number, _)| *number == port.number);
+                    let here = |(number, place): &(u16, Place)| *number == port.number && place.socket == 0;
+                    let known = taken.iter().flatten().any(here);
                     !imports.is_taken_everywhere(port.number) && (known || !imports.is_taken(port.number))
                 }
                 None => elsewhere || !imports.is_taken_everywhere(port.number),
@@ -350,7 +355,9 @@ fn ports(services: &[Spoken]) -> Vec<HostPortOwner> {
             }
             let last = services.iter().enumerate().rev().find_map(|(i, s)| s.port(port.number).map(|p| (i, p)));
             let http = last.filter(|(_, p)| http_class(p.protocol) || p.protocol == Protocol::Auto).map(|(i, _)| i);
-            out.push(HostPortOwner { number: port.number, base, declared: index, http });
+            let places = services.iter().flat_map(|s| s.places(port.number));
+            let sockets = places.map(|place| place.socket).collect();
+            out.push(HostPortOwner { number: port.number, base, declared: index, http, sockets });
         }
     };
     let Some(first) = services.get(base) else { return Vec::new() };

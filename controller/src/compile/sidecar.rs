@@ -1,9 +1,13 @@
 //! The Sidecar resource that counts for a subscriber: what of the visible services it imports (SEMANTICS 6.2 to 6.4).
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use portolan_proto::v1::{GatewayListener, GatewayServer};
+use portolan_registry::lookup::{server_id, socket_address};
+
+use super::service::{http_class, tls_class};
 use crate::api::sidecar::{CaptureMode, EgressListener, OutboundMode as Mode, Sidecar};
 use crate::model::{Checked, OutboundMode, Protocol, Role, Scope};
 use crate::validate::predicates;
@@ -69,10 +73,55 @@ pub(crate) struct Imports {
 pub(crate) struct Listener {
     /// The port that it serves; `None`: all that no other listener has.
     pub(crate) port: Option<u16>,
+    /// The port that it has in any case.
+    bound_port: Option<u16>,
     /// How connections reach it.
     pub(crate) place: Place,
+    /// What it binds, where that is no address of a port's.
+    pub(crate) socket: Option<Socket>,
     hosts: Vec<Host>,
     excluded: Vec<Host>,
+}
+
+/// A Unix socket or a forward proxy: its services are those of all ports, and no listener of a port knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Socket {
+    /// `ADDRESS:PORT` or `unix://PATH`.
+    pub(crate) bind: String,
+    /// Name of its filter chain.
+    pub(crate) chain: String,
+    /// It reads a server name.
+    tls: bool,
+}
+
+impl Socket {
+    /// A Unix socket, or a forward proxy with a port of its own. One to which connections are redirected is an ordinary
+    /// listener of its port.
+    fn new(listener: &EgressListener, place: &Place) -> Option<Socket> {
+        let protocol = place.protocol?;
+        let bind = match listener.bind.starts_with("unix://") {
+            true => listener.bind.clone(),
+            false if protocol == Protocol::HttpProxy && place.bound => {
+                let port = u16::try_from(listener.port.as_ref()?.number).ok()?;
+                SocketAddr::new(place.address?, port).to_string()
+            }
+            false => return None,
+        };
+        let kind = if http_class(protocol) { "egress_proxy" } else { "egress_socket" };
+        Some(Socket { chain: format!("{kind}:{bind}"), bind, tls: tls_class(protocol) })
+    }
+
+    /// By what rows know it.
+    pub(crate) fn id(&self) -> u32 {
+        server_id(self.chain.as_bytes())
+    }
+
+    /// As hosts are told of it.
+    pub(crate) fn listener(&self) -> GatewayListener {
+        let http = self.chain.starts_with("egress_proxy:");
+        let server = GatewayServer { name: self.chain.clone(), http, ..GatewayServer::default() };
+        GatewayListener { bind: self.bind.clone(), servers: vec![server], inspects: self.tls, sniffs_http: false }
+    }
 }
 
 /// Where an egress listener takes connections, and how it reads them (SEMANTICS 6.3).
@@ -84,6 +133,8 @@ pub(crate) struct Place {
     pub(crate) bound: bool,
     /// What it speaks, whatever the service does; `None`: as the service.
     pub(crate) protocol: Option<Protocol>,
+    /// The [`Socket`] that it is, by its id; 0: none.
+    pub(crate) socket: u32,
 }
 
 impl Place {
@@ -92,7 +143,7 @@ impl Place {
         let localhost = if v6_only { IpAddr::from(Ipv6Addr::LOCALHOST) } else { Ipv4Addr::LOCALHOST.into() };
         let address = listener.bind.parse().ok().or(bound.then_some(localhost));
         let protocol = listener.port.as_ref().and_then(|port| protocol(&port.protocol));
-        Place { address, bound, protocol }
+        Place { address, bound, protocol, socket: 0 }
     }
 }
 
@@ -117,12 +168,23 @@ impl Imports {
         });
         if spec.egress.is_empty() {
             let all = Host { namespace: None, name: "*".into() };
-            let all = Listener { port: None, place: Place::default(), hosts: vec![all], excluded: Vec::new() };
+            let all = Listener {
+                port: None,
+                bound_port: None,
+                place: Place::default(),
+                socket: None,
+                hosts: vec![all],
+                excluded: Vec::new(),
+            };
             return Imports { listeners: vec![all], outbound, egress_proxy };
         }
-        let listeners = spec.egress.iter().filter(|listener| is_served(listener));
-        let listeners = listeners.map(|listener| Listener::new(listener, scope)).collect();
+        let listeners = spec.egress.iter().map(|listener| Listener::new(listener, scope)).collect();
         Imports { listeners, outbound, egress_proxy }
+    }
+
+    /// Unix sockets and forward proxies.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = (&Socket, Option<u16>)> {
+        self.listeners.iter().filter_map(|listener| Some((listener.socket.as_ref()?, listener.bound_port)))
     }
 
     /// Whether another listener has the virtual hosts of this port, so that the one without a port adds none.
@@ -134,12 +196,6 @@ impl Imports {
     pub(crate) fn is_taken_everywhere(&self, port: u16) -> bool {
         self.listeners.iter().any(|listener| listener.port == Some(port) && listener.place.address.is_none())
     }
-}
-
-/// Whether a listener is one that is acted on: not a Unix socket, nor a forward proxy, where any port may be asked for.
-fn is_served(listener: &EgressListener) -> bool {
-    let proxy = listener.port.as_ref().is_some_and(|port| protocol(&port.protocol) == Some(Protocol::HttpProxy));
-    !listener.bind.starts_with("unix://") && !proxy
 }
 
 impl Listener {
@@ -161,7 +217,15 @@ impl Listener {
             list.push(Host { namespace, name: name.to_owned() });
         }
         let port = listener.port.as_ref().and_then(|port| u16::try_from(port.number).ok());
-        Listener { port, place: Place::new(listener, v6_only), hosts, excluded }
+        let mut place = Place::new(listener, v6_only);
+        let socket = Socket::new(listener, &place);
+        if let Some(socket) = &socket {
+            place.socket = socket.id();
+            // What the filter finds its connections by, where they are not HTTP.
+            place.address = Some(socket_address(socket.chain.as_bytes()).ip());
+        }
+        let own = port.filter(|port| *port != 0);
+        Listener { port: own.filter(|_| socket.is_none()), bound_port: own, place, socket, hosts, excluded }
     }
 
     /// Whether it imports a VirtualService of that namespace with these hosts: one that has names in common is enough.

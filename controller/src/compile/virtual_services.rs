@@ -18,6 +18,9 @@ use crate::validate::predicates;
 
 type Key = (Namespace, ObjectName);
 
+/// Where virtual hosts are: a socket of a Sidecar by its id, or 0, and a port.
+pub(crate) type Spot = (u32, u16);
+
 /// A VirtualService that a subscriber sees.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Virtual {
@@ -64,6 +67,8 @@ pub(crate) struct Views(Vec<View>);
 /// What one egress listener of a Sidecar has; without a Sidecar there is one, which has all.
 #[derive(Debug, Default, PartialEq)]
 struct View {
+    /// The socket that it is of; 0: none.
+    socket: u32,
     port: Option<u16>,
     /// In Istio's order.
     list: Vec<Arc<Virtual>>,
@@ -74,8 +79,8 @@ struct View {
 }
 
 impl View {
-    fn new(port: Option<u16>, list: Vec<Arc<Virtual>>) -> Self {
-        let mut view = View { port, ..View::default() };
+    fn new(socket: u32, port: Option<u16>, list: Vec<Arc<Virtual>>) -> Self {
+        let mut view = View { socket, port, ..View::default() };
         for (at, one) in list.iter().enumerate() {
             for host in &one.hosts {
                 let host = host.to_lowercase();
@@ -138,10 +143,10 @@ pub(crate) struct VirtualServices {
     /// Objects have changed, or what the subscriber imports.
     pub(crate) dirty: bool,
     views: Vec<View>,
-    /// Tables of hosts of the registry, by port.
-    assigned: HashMap<Arc<str>, BTreeMap<u16, Routed>>,
-    /// Tables of hosts that are in no registry, by port.
-    only: BTreeMap<String, BTreeMap<u16, Routed>>,
+    /// Tables of hosts of the registry, by socket and port.
+    assigned: HashMap<Arc<str>, BTreeMap<Spot, Routed>>,
+    /// Tables of hosts that are in no registry, by socket and port.
+    only: BTreeMap<String, BTreeMap<Spot, Routed>>,
     tables: BTreeMap<TableName, Written>,
     /// What all tables need.
     needs: Arc<Needs>,
@@ -180,22 +185,22 @@ impl VirtualServices {
     }
 
     /// The table of a registry host and port.
-    pub(crate) fn assigned(&self, host: &str, port: u16) -> Option<&Routed> {
-        self.assigned.get(host)?.get(&port)
+    pub(crate) fn assigned(&self, host: &str, spot: Spot) -> Option<&Routed> {
+        self.assigned.get(host)?.get(&spot)
     }
 
     /// The tables of a host that is in no registry.
-    pub(crate) fn only(&self, host: &str) -> Option<&BTreeMap<u16, Routed>> {
+    pub(crate) fn only(&self, host: &str) -> Option<&BTreeMap<Spot, Routed>> {
         self.only.get(host)
     }
 
     /// Those that the listener of a port sees, in order.
-    pub(crate) fn seen(&self, port: u16) -> &[Arc<Virtual>] {
-        self.view(port).map_or(&[], |view| &view.list)
+    pub(crate) fn seen(&self, spot: Spot) -> &[Arc<Virtual>] {
+        self.view(spot).map_or(&[], |view| &view.list)
     }
 
-    fn view(&self, port: u16) -> Option<&View> {
-        let of = |wanted: Option<u16>| self.views.iter().find(|view| view.port == wanted);
+    fn view(&self, (socket, port): Spot) -> Option<&View> {
+        let of = |wanted: Option<u16>| self.views.iter().find(|view| view.socket == socket && view.port == wanted);
         of(Some(port)).or_else(|| of(None))
     }
 
@@ -207,13 +212,13 @@ impl VirtualServices {
         };
         let list = if cx.gateway() { Vec::new() } else { self.visible(cx, &mesh) };
         let views = match &cx.imports {
-            None => vec![View::new(None, list)],
+            None => vec![View::new(0, None, list)],
             Some(imports) => imports
                 .listeners
                 .iter()
                 .map(|listener| {
                     let some = list.iter().filter(|v| listener.imports_any(&v.object.meta.namespace, &v.hosts));
-                    View::new(listener.port, some.cloned().collect())
+                    View::new(listener.place.socket, listener.port, some.cloned().collect())
                 })
                 .collect(),
         };
@@ -288,7 +293,7 @@ impl VirtualServices {
     pub(crate) fn assign(
         &mut self,
         cx: &Context,
-        ports: &HashMap<Arc<str>, Vec<u16>>,
+        ports: &HashMap<Arc<str>, Vec<Spot>>,
         touched: &BTreeSet<Arc<str>>,
         others: &dyn Others,
     ) -> Reassigned {
@@ -325,16 +330,17 @@ impl VirtualServices {
             there.then_some(Routed { order: 0, table: name, origin })
         };
 
-        let mut assigned: HashMap<Arc<str>, BTreeMap<u16, Routed>> = HashMap::new();
-        let mut only: BTreeMap<String, BTreeMap<u16, Routed>> = BTreeMap::new();
+        let mut assigned: HashMap<Arc<str>, BTreeMap<Spot, Routed>> = HashMap::new();
+        let mut only: BTreeMap<String, BTreeMap<Spot, Routed>> = BTreeMap::new();
         for view in &self.views {
-            let serves = |port: u16| match view.port {
+            let serves = |(socket, port): Spot| match view.port {
+                _ if socket != view.socket => false,
                 Some(own) => own == port,
-                None => !self.views.iter().any(|other| other.port == Some(port)),
+                None => socket != 0 || !self.views.iter().any(|other| other.port == Some(port)),
             };
             // Ports on which a VirtualService is a service's, and on which its wildcards are about any.
-            let mut matched: Vec<BTreeSet<u16>> = vec![BTreeSet::new(); view.list.len()];
-            let mut about: HashMap<&str, BTreeSet<u16>> = HashMap::new();
+            let mut matched: Vec<BTreeSet<Spot>> = vec![BTreeSet::new(); view.list.len()];
+            let mut about: HashMap<&str, BTreeSet<Spot>> = HashMap::new();
             let wildcards: Vec<&String> = view.wildcards.keys().collect();
             for (host, ports) in ports {
                 let ports = || ports.iter().copied().filter(|port| serves(*port));
@@ -343,30 +349,30 @@ impl VirtualServices {
                 }
                 for &at in view.most_specific(host) {
                     let (Some(one), Some(matched)) = (view.list.get(at), matched.get_mut(at)) else { continue };
-                    for port in ports() {
-                        matched.insert(port);
-                        if let Some(table) = table(one, port) {
+                    for spot in ports() {
+                        matched.insert(spot);
+                        if let Some(table) = table(one, spot.1) {
                             let own = assigned.entry(Arc::clone(host)).or_default();
-                            own.entry(port).or_insert(Routed { order: at, ..table });
+                            own.entry(spot).or_insert(Routed { order: at, ..table });
                         }
                     }
                 }
             }
             for (order, (one, matched)) in view.list.iter().zip(matched).enumerate() {
                 // Istio makes virtual hosts for names that it does not know on port 80 only, or beside a service's.
-                let candidates = matched.iter().copied().chain((!matched.contains(&80)).then_some(80));
-                for port in candidates.filter(|port| serves(*port)) {
+                let other = Some((view.socket, 80)).filter(|spot| !matched.contains(spot));
+                for spot in matched.iter().copied().chain(other).filter(|spot| serves(*spot)) {
                     for host in one.hosts.iter().map(|host| host.to_lowercase()) {
                         let known = match host.starts_with('*') {
-                            true => about.get(host.as_str()).is_some_and(|ports| ports.contains(&port)),
-                            false => ports.get(host.as_str()).is_some_and(|ports| ports.contains(&port)),
+                            true => about.get(host.as_str()).is_some_and(|ports| ports.contains(&spot)),
+                            false => ports.get(host.as_str()).is_some_and(|ports| ports.contains(&spot)),
                         };
-                        let taken = only.get(&host).is_some_and(|ports| ports.contains_key(&port));
+                        let taken = only.get(&host).is_some_and(|ports| ports.contains_key(&spot));
                         if !known
                             && !taken
-                            && let Some(table) = table(one, port)
+                            && let Some(table) = table(one, spot.1)
                         {
-                            only.entry(host).or_default().insert(port, Routed { order, ..table });
+                            only.entry(host).or_default().insert(spot, Routed { order, ..table });
                         }
                     }
                 }

@@ -141,8 +141,22 @@ impl Chains {
         }
     }
 
+    /// A Unix socket or a forward proxy of a Sidecar's.
+    pub(super) fn egress_socket(&self, listener: &str, server: &GatewayServer) -> FilterChain {
+        let filters = match server.http {
+            true => self.forward_proxy(listener, &server.name).filters,
+            false => self.tcp(listener, None).filters,
+        };
+        FilterChain { name: server.name.clone(), filters, ..FilterChain::default() }
+    }
+
     /// Requests to the HTTP proxy, CONNECT among them.
     pub(super) fn http_proxy(&self, listener: &str) -> FilterChain {
+        self.forward_proxy(listener, "proxy")
+    }
+
+    /// The filter is told of it by this word.
+    fn forward_proxy(&self, listener: &str, said: &str) -> FilterChain {
         let connect = route::route_action::UpgradeConfig {
             upgrade_type: "CONNECT".to_owned(),
             connect_config: Some(route::route_action::upgrade_config::ConnectConfig::default()),
@@ -153,7 +167,7 @@ impl Chains {
         routes.extend(self.routes(&prefix(), &[]));
         FilterChain {
             name: PROXY_CHAIN.to_owned(),
-            filters: vec![self.connection_manager(&format!("outbound_{listener};"), "proxy", routes)],
+            filters: vec![self.connection_manager(&format!("outbound_{listener};"), said, routes)],
             ..FilterChain::default()
         }
     }

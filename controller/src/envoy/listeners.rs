@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use portolan_proto::envoy::envoy::config::core::v3::{CidrRange, TrafficDirection};
+use portolan_proto::envoy::envoy::config::core::v3::{Address, CidrRange, Pipe, TrafficDirection, address};
 use portolan_proto::envoy::envoy::config::listener::v3::{
     AdditionalAddress, FilterChain, FilterChainMatch, Listener, ListenerFilter, listener_filter,
 };
@@ -23,7 +23,7 @@ use prost::{Message, Name};
 
 use super::chains::Chains;
 use super::settings::Settings;
-use super::{address, any, number, switch};
+use super::{any, number, socket_address, switch};
 use crate::compile::needs::Needs;
 use crate::model::Scope;
 
@@ -87,6 +87,9 @@ impl Renderer {
 
     /// The listeners of one port.
     pub fn port(&self, plan: &ListenerPlan, catch_all: &Inspection) -> Vec<Listener> {
+        if plan.port == 0 {
+            return plan.gateway.iter().filter_map(|listener| self.egress_socket(listener)).collect();
+        }
         let Some(port) = u16::try_from(plan.port).ok().filter(|p| *p != 0 && Some(*p) != self.settings.transparent)
         else {
             return Vec::new();
@@ -115,6 +118,29 @@ impl Renderer {
             }
         }
         out
+    }
+
+    /// A Unix socket or a forward proxy of a Sidecar's.
+    fn egress_socket(&self, listener: &GatewayListener) -> Option<Listener> {
+        let bind = listener.bind.as_str();
+        let mut out = match bind.strip_prefix("unix://") {
+            Some(path) => {
+                let pipe = Pipe { path: path.to_owned(), ..Pipe::default() };
+                let address = Some(Address { address: Some(address::Address::Pipe(pipe)) });
+                Listener { address, ..blank(bind, &[], 0, true) }
+            }
+            None => {
+                let at: SocketAddr = bind.parse().ok()?;
+                blank(&format!("{}_{}", at.ip(), at.port()), &[at.ip()], at.port(), true)
+            }
+        };
+        if listener.inspects {
+            let tls = inspector("envoy.filters.listener.tls_inspector", &TlsInspector::default());
+            out.listener_filters.push(tls);
+        }
+        let name = out.name.clone();
+        out.filter_chains = listener.servers.iter().map(|server| self.chains.egress_socket(&name, server)).collect();
+        Some(out)
     }
 
     /// A listener with a socket of its own: a chain for each server. What no chain takes is closed.
@@ -170,7 +196,7 @@ impl Renderer {
 }
 
 fn blank(name: &str, ips: &[IpAddr], port: u16, bound: bool) -> Listener {
-    let mut addresses = ips.iter().map(|ip| address(*ip, port));
+    let mut addresses = ips.iter().map(|ip| socket_address(*ip, port));
     Listener {
         name: name.to_owned(),
         address: addresses.next(),

@@ -8,7 +8,8 @@ pub mod listeners;
 pub mod server_tls;
 pub mod settings;
 
-use portolan_proto::envoy::envoy::config::core::v3::{Address, SocketAddress, address, socket_address};
+use portolan_proto::envoy::envoy::config::core::v3::socket_address::PortSpecifier;
+use portolan_proto::envoy::envoy::config::core::v3::{Address, SocketAddress, address};
 use portolan_proto::envoy::google::protobuf::{Any, BoolValue, UInt32Value};
 use prost::{Message, Name};
 use std::net::IpAddr;
@@ -33,10 +34,10 @@ fn number(value: u32) -> Option<UInt32Value> {
     Some(UInt32Value { value })
 }
 
-fn address(ip: IpAddr, port: u16) -> Address {
+fn socket_address(ip: IpAddr, port: u16) -> Address {
     let socket = SocketAddress {
         address: ip.to_string(),
-        port_specifier: Some(socket_address::PortSpecifier::PortValue(port.into())),
+        port_specifier: Some(PortSpecifier::PortValue(port.into())),
         ..SocketAddress::default()
     };
     Address { address: Some(address::Address::SocketAddress(socket)) }

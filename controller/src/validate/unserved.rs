@@ -5,8 +5,7 @@ use super::finding::{Gate, Issue, Severity};
 use crate::api::destination_rule::{ClientTls, ClientTlsMode, DestinationRule, LoadBalancer};
 use crate::api::gateway::{Gateway, ServerTlsMode};
 use crate::api::sidecar::Sidecar;
-use crate::model::{Object, Protocol};
-use crate::validate::service_entry::protocol;
+use crate::model::Object;
 
 /// The codes of these findings.
 pub const CODES: [&str; 3] = ["not-served", "served-otherwise", "needs-files"];
@@ -96,15 +95,6 @@ fn client_tls(tls: Option<&ClientTls>, at: &str, issues: &mut Vec<Issue>) {
 }
 
 fn of_sidecar(spec: &Sidecar, issues: &mut Vec<Issue>) {
-    for (index, listener) in spec.egress.iter().enumerate() {
-        let at = format!("spec.egress[{index}]");
-        let proxy = listener.port.as_ref().is_some_and(|port| protocol(&port.protocol) == Some(Protocol::HttpProxy));
-        if listener.bind.starts_with("unix://") {
-            say(issues, "not-served", format!("{at}.bind"), "nothing listens there");
-        } else if proxy {
-            say(issues, "not-served", format!("{at}.port.protocol"), "nothing listens there");
-        }
-    }
     if !spec.ingress.is_empty() {
         say(issues, "not-served", "spec.ingress".to_owned(), "inbound traffic is not Portolan's");
     }

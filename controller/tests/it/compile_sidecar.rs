@@ -6,6 +6,7 @@ use objects::*;
 use portolan_controller::compile::Compiler;
 use portolan_controller::model::Protocol::*;
 use portolan_controller::model::{Change, Object};
+use portolan_registry::lookup::{Listener, Request, server_id, socket_address};
 
 const DST: &str = "198.18.5.5";
 
@@ -195,4 +196,31 @@ fn redirected_connections_to_the_address_of_a_listener() {
     assert_eq!(w.tcp("10.9.9.9:80"), "502");
     assert_eq!(w.plan(80), "- 10.9.9.9/http");
     assert_eq!(w.http(&at(8080), "a.com"), "outbound|8080||a.com");
+}
+
+#[test]
+fn sockets_have_hosts_of_their_own() {
+    let spec = "egress:\n\
+                - {port: {number: 8080, protocol: HTTP_PROXY, name: p}, captureMode: NONE, hosts: ['./a.com']}\n\
+                - {port: {number: 0, protocol: HTTP, name: u}, bind: 'unix:///run/h', hosts: ['other/b.com']}\n\
+                - {port: {number: 0, protocol: TCP, name: t}, bind: 'unix://@t', hosts: ['other/t.com']}\n\
+                - {hosts: ['other/*.w.com']}";
+    let w = with(&[("default", spec)]);
+    let ask = |chain: &str, authority: &str| {
+        let listener = Listener::EgressProxy(server_id(chain.as_bytes()));
+        said(&w.snapshot.request(&Request { listener, authority: authority.as_bytes(), connect: false }))
+    };
+    let (proxy, unix) = ("egress_proxy:127.0.0.1:8080", "egress_proxy:unix:///run/h");
+    // A name alone means the listener's own port where the host has it.
+    assert_eq!(ask(proxy, "a.com"), "outbound|8080||a.com");
+    assert_eq!(ask(proxy, "a.com:80"), "outbound|80||a.com");
+    assert_eq!(ask(proxy, "a.com:81"), "502");
+    assert_eq!((ask(proxy, "b.com"), ask(unix, "a.com")), ("502".into(), "502".into()));
+    assert_eq!(ask(unix, "b.com"), "outbound|80||b.com");
+    assert_eq!(w.tcp(&socket_address(b"egress_socket:unix://@t").to_string()), "outbound|9000||t.com");
+    // None of it is there for connections that are redirected.
+    assert_eq!((w.http(&at(80), "a.com"), w.http(&at(80), "b.com")), ("502".into(), "502".into()));
+    assert_eq!(w.http(&at(80), "x.w.com"), "outbound|80||*.w.com");
+    let bound: Vec<&str> = w.compiler.plans()[&0].gateway.iter().map(|socket| socket.bind.as_str()).collect();
+    assert_eq!(bound, ["127.0.0.1:8080", "unix:///run/h", "unix://@t"]);
 }

@@ -1,4 +1,4 @@
-//! The order of documents does not matter: every recorded case compiles to the same bytes, plans and clusters however its
+//! The order of documents does not matter: every case, recorded or our own, of every kind compiles to the same bytes, plans and clusters however its
 //! documents are shuffled. `SEED=N` repeats a run.
 
 use std::collections::BTreeSet;
@@ -7,6 +7,21 @@ use std::path::{Path, PathBuf};
 use portolan_controller::compile::{Compiler, compile};
 use portolan_controller::model::{Change, Object, Role, Scope};
 use portolan_controller::source::yaml::YamlSource;
+
+/// Every kind that is read.
+const KINDS: [&str; 11] = [
+    "ServiceEntry",
+    "WorkloadEntry",
+    "VirtualService",
+    "DestinationRule",
+    "Gateway",
+    "Sidecar",
+    "Service",
+    "EndpointSlice",
+    "Endpoints",
+    "Pod",
+    "Namespace",
+];
 
 /// The documents of a case, and its mesh file.
 fn documents(case: &Path) -> (Vec<String>, Option<PathBuf>) {
@@ -85,9 +100,15 @@ fn every_order_of_documents_compiles_to_the_same() {
     let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos();
     let seed = std::env::var("SEED").map_or(u64::try_from(now % 1_000_000_007).unwrap(), |s| s.parse().unwrap());
     println!("SEED={seed}");
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance/cases");
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance");
+    let folders =
+        ["cases", "differences", "gateways", "rules"].map(|folder| std::fs::read_dir(root.join(folder)).unwrap());
+    let mut cases: Vec<PathBuf> = folders.into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
     cases.sort();
+    let text: String = cases.iter().flat_map(|case| documents(case).0).map(|document| document + "\n").collect();
+    for kind in KINDS {
+        assert!(text.contains(&format!("kind: {kind}\n")), "no case has a {kind}");
+    }
     assert!(cases.len() > 100, "{} cases", cases.len());
     let mut state = seed;
     for case in cases {

@@ -463,7 +463,8 @@ pub struct ListenerPlan {
 /// A port of a gateway, or of a Sidecar, at one address or at all.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GatewayListener {
-    /// Address to bind; empty for all of them.
+    /// Address to bind; empty for all of them. In the plan of port 0 `ADDRESS:PORT`, or `unix://PATH` (`unix://@NAME` for an
+    /// abstract one).
     #[prost(string, tag = "1")]
     pub bind: ::prost::alloc::string::String,
     /// What listens there. By its server name a TLS connection goes to the one that names it, exact before the longest
@@ -479,7 +480,8 @@ pub struct GatewayListener {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GatewayServer {
-    /// Name of the filter chain, by which the filter knows the server's virtual hosts.
+    /// Name of the filter chain, by which the filter knows the server's virtual hosts. One that begins with `egress_proxy:` is
+    /// a forward proxy, CONNECT included.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// HTTP after any TLS; false: bytes.

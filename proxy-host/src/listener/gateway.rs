@@ -1,8 +1,9 @@
-//! Ports of a gateway, and of a Sidecar's egress listeners that have some: they come and go with the listener plans, and a
+//! Ports of a gateway, and sockets of a Sidecar's egress listeners that have some: they come and go with the listener plans, and a
 //! connection is read as its server wants it.
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -22,17 +23,51 @@ use super::{
     sniff::{Inspection, Sniffed},
     tcp,
     termination::Settings,
+    unix,
 };
 use crate::{config::Role, filter::Via, worker::Worker};
 
+/// The address of what has none.
+pub(super) const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 /// Time between two attempts to bind what could not be bound.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// What a listener binds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Bind {
+    /// The plan's port at all addresses.
+    All,
+    /// The plan's port at this one.
+    Address(IpAddr),
+    /// A socket that is no port's.
+    Socket(Place),
+}
+
+/// Where a socket is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(untagged)]
+pub enum Place {
+    /// An address and port.
+    Tcp(SocketAddr),
+    /// The path of a Unix socket; one that begins with `@` is abstract.
+    Unix(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Tcp(address) => address.fmt(f),
+            Place::Unix(path) => path.fmt(f),
+        }
+    }
+}
 
 /// What listens at one address, or at all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct GatewayListener {
-    /// The address; `None` for all.
-    pub bind: Option<IpAddr>,
+    /// Where.
+    pub bind: Bind,
     /// A `ClientHello` is read for its server name.
     inspects: bool,
     /// Plain-text HTTP is told by its first bytes, and goes to the server with HTTP.
@@ -68,10 +103,14 @@ impl GatewayListener {
     ///
     /// # Errors
     /// An address that is none.
-    pub fn read(message: &v1::GatewayListener) -> Result<Self, PlanError> {
-        let bind = match message.bind.as_str() {
-            "" => None,
-            address => Some(address.parse().map_err(|_| PlanError::Address(address.to_owned()))?),
+    pub fn read(message: &v1::GatewayListener, port: u16) -> Result<Self, PlanError> {
+        let bind = match (message.bind.as_str(), message.bind.strip_prefix("unix://")) {
+            (_, Some(path)) => Bind::Socket(Place::Unix(path.to_owned())),
+            (socket, None) if port == 0 => {
+                Bind::Socket(Place::Tcp(socket.parse().map_err(|_| PlanError::Socket(socket.to_owned()))?))
+            }
+            ("", None) => Bind::All,
+            (address, None) => Bind::Address(address.parse().map_err(|_| PlanError::Address(address.to_owned()))?),
         };
         let server = |server: &v1::GatewayServer| Server {
             name: server.name.as_str().into(),
@@ -110,9 +149,9 @@ impl GatewayListener {
 /// The addresses that one worker has bound because the plans say so.
 #[derive(Default)]
 pub struct Ports {
-    bound: HashMap<SocketAddr, AbortHandle>,
+    bound: HashMap<Place, AbortHandle>,
     /// Those that could not be, which has been said.
-    failed: HashSet<SocketAddr>,
+    failed: HashSet<Place>,
 }
 
 impl Ports {
@@ -120,7 +159,9 @@ impl Ports {
     pub fn follow(&mut self, worker: &Rc<Worker>) {
         let v6 = worker.config.identity.ips.iter().any(IpAddr::is_ipv6);
         let all = if v6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
-        let wanted: HashSet<SocketAddr> = worker.plans().gateway_addresses(all).collect();
+        // A Unix socket cannot be shared as a port is: the first worker has it.
+        let ours = |place: &Place| matches!(place, Place::Tcp(_)) || worker.index == 0;
+        let wanted: HashSet<Place> = worker.plans().gateway_addresses(all).filter(ours).collect();
         worker.terminations.forget();
         self.bound.retain(|address, task| {
             let stays = wanted.contains(address);
@@ -134,14 +175,20 @@ impl Ports {
             if self.bound.contains_key(&address) {
                 continue;
             }
-            match super::bind(address).and_then(super::listen) {
-                Ok(listener) => {
+            let accepting = match &address {
+                Place::Tcp(address) => super::bind(*address)
+                    .and_then(super::listen)
+                    .map(|listener| tokio::task::spawn_local(super::accept(worker.clone(), listener, Kind::Gateway))),
+                Place::Unix(path) => unix::listen(path)
+                    .map(|listener| tokio::task::spawn_local(unix::accept(worker.clone(), listener, path.clone()))),
+            };
+            match accepting {
+                Ok(task) => {
                     self.failed.remove(&address);
-                    let task = tokio::task::spawn_local(super::accept(worker.clone(), listener, Kind::Gateway));
                     self.bound.insert(address, task.abort_handle());
                 }
                 Err(error) => {
-                    if self.failed.insert(address) {
+                    if self.failed.insert(address.clone()) {
                         tracing::error!(%address, "a port of a Gateway or Sidecar cannot be listened on: {error}; trying again");
                     }
                 }
@@ -167,11 +214,20 @@ impl Ports {
     }
 }
 
-/// Serves one connection to a gateway's port.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketAddr, open: Rc<Open>) {
-    let Ok(own) = stream.local_addr().map(canonical) else { return };
+/// Serves one connection to a gateway's port, or to the Unix socket of this path.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    source: SocketAddr,
+    open: Rc<Open>,
+    path: Option<String>,
+) {
     let plans = worker.plans();
-    let Some(listener) = plans.gateway(own) else { return };
+    let found = match path {
+        Some(path) => plans.socket(&Place::Unix(path)).map(|listener| (listener, NOWHERE)),
+        None => stream.local_addr().ok().map(canonical).and_then(|own| Some((plans.gateway(own)?, own))),
+    };
+    let Some((listener, own)) = found else { return };
     let time = worker.config.http.header_time;
     let inspection = Inspection { tls: listener.inspects, http: listener.sniffs_http };
     let Some((sniffed, client)) = inspect(worker.stop.clone(), stream, inspection, time).await else { return };
@@ -185,8 +241,11 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, source: SocketA
     };
     let via = match worker.config.identity.role {
         Role::Gateway => Via::Gateway { chain: server.name.clone(), secure: server.tls.is_some() },
+        Role::Sidecar if matches!(listener.bind, Bind::Socket(_)) => Via::EgressSocket(server.name.clone()),
         Role::Sidecar => Via::Egress,
     };
+    // What knows a socket by its chain needs no address.
+    let own = if matches!(via, Via::EgressSocket(_)) { NOWHERE } else { own };
     let mut connection = worker.connection(source, own, via);
     connection.server_name = name;
     let Some(tls) = &server.tls else {
@@ -236,7 +295,7 @@ mod tests {
             ..v1::GatewayServer::default()
         };
         let servers = servers.iter().map(server).collect();
-        GatewayListener::read(&v1::GatewayListener { servers, ..v1::GatewayListener::default() }).unwrap()
+        GatewayListener::read(&v1::GatewayListener { servers, ..v1::GatewayListener::default() }, 443).unwrap()
     }
 
     #[test]

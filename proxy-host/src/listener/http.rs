@@ -135,7 +135,7 @@ async fn answer(
         }
     };
     let name = head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
-    let Some(name) = name.filter(|_| method != Method::CONNECT || connection.via == Via::HttpProxy) else {
+    let Some(name) = name.filter(|_| method != Method::CONNECT || connection.is_proxied()) else {
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(Box::pin(exchange.shown(|e| e.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"))).await);
     };

@@ -16,6 +16,7 @@ pub mod strict;
 pub mod tcp;
 pub mod termination;
 pub mod tunnel;
+mod unix;
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
@@ -111,7 +112,7 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: Kind) {
             _ = stop.wait_for(|stop| *stop) => break,
         };
         match accepted {
-            Ok((stream, source)) => take(&worker, stream, source, kind),
+            Ok((stream, source)) => take(&worker, stream, source, kind, None),
             Err(error) => {
                 worker.log.stats().accept_failures.add(1);
                 // The descriptor that was kept back lets a client know, where it would hang otherwise.
@@ -131,12 +132,13 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, kind: Kind) {
         if stream.set_nonblocking(true).is_ok()
             && let Ok(stream) = TcpStream::from_std(stream)
         {
-            take(&worker, stream, source, kind);
+            take(&worker, stream, source, kind, None);
         }
     }
 }
 
-fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind) {
+/// `path`: of the Unix socket that it came by.
+fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind, path: Option<String>) {
     let stats = worker.log.stats();
     let Some(place) = Place::take(&worker.stats, worker.config.max_connections) else {
         stats.over_limit.add(1);
@@ -151,7 +153,7 @@ fn take(worker: &Rc<Worker>, stream: TcpStream, source: SocketAddr, kind: Kind) 
         match kind {
             Kind::Transparent => captured(worker, stream, source, open).await,
             Kind::HttpProxy => http_proxy(worker, stream, source, open).await,
-            Kind::Gateway => gateway::serve(worker, stream, source, open).await,
+            Kind::Gateway => gateway::serve(worker, stream, source, open, path).await,
         }
     });
 }

@@ -9,7 +9,10 @@ use ipnet::IpNet;
 use portolan_proto::v1;
 use serde::Serialize;
 
-use super::{gateway::GatewayListener, sniff::Inspection};
+use super::{
+    gateway::{Bind, GatewayListener, Place},
+    sniff::Inspection,
+};
 
 /// What the plan says of one destination.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,6 +32,9 @@ pub enum PlanError {
     /// Not an IP address.
     #[error("address {0:?} is not an IP address")]
     Address(String),
+    /// Neither an address and port, nor a Unix socket.
+    #[error("socket {0:?} is neither an address and port nor a Unix socket")]
+    Socket(String),
     /// Not a CIDR.
     #[error("prefix {0:?} is not a CIDR")]
     Prefix(String),
@@ -60,7 +66,8 @@ impl PortPlan {
         let tcp_prefixes = (message.tcp_prefixes.iter())
             .map(|prefix| prefix.parse().map_err(|_| PlanError::Prefix(prefix.clone())))
             .collect::<Result<_, _>>()?;
-        let gateway = message.gateway.iter().map(GatewayListener::read).collect::<Result<_, _>>()?;
+        let read = |listener| GatewayListener::read(listener, port);
+        let gateway = message.gateway.iter().map(read).collect::<Result<_, _>>()?;
         Ok((port, Self { wildcard: message.wildcard.as_ref().map(inspection), tcp_prefixes, addresses, gateway }))
     }
 }
@@ -91,16 +98,29 @@ impl Plans {
     /// all.
     #[must_use]
     pub fn gateway(&self, own: SocketAddr) -> Option<&GatewayListener> {
-        let here = &self.0.get(&own.port())?.gateway;
-        let bound = |wanted: Option<IpAddr>| here.iter().find(|listener| listener.bind == wanted);
-        bound(Some(own.ip().to_canonical())).or_else(|| bound(None))
+        let at = |bind: &Bind| self.0.get(&own.port())?.gateway.iter().find(|listener| listener.bind == *bind);
+        let ip = own.ip().to_canonical();
+        at(&Bind::Address(ip))
+            .or_else(|| at(&Bind::All))
+            .or_else(|| self.socket(&Place::Tcp(SocketAddr::new(ip, own.port()))))
     }
 
-    /// What addresses are to be bound; `all` stands for all addresses.
-    pub fn gateway_addresses(&self, all: IpAddr) -> impl Iterator<Item = SocketAddr> {
+    /// The listener of a socket that is no port's.
+    #[must_use]
+    pub fn socket(&self, place: &Place) -> Option<&GatewayListener> {
+        let is = |listener: &&GatewayListener| matches!(&listener.bind, Bind::Socket(socket) if socket == place);
+        self.0.get(&0)?.gateway.iter().find(is)
+    }
+
+    /// What is to be bound; `all` stands for all addresses.
+    pub fn gateway_addresses(&self, all: IpAddr) -> impl Iterator<Item = Place> {
         let listeners =
             self.0.iter().flat_map(|(port, plan)| plan.gateway.iter().map(move |listener| (port, listener)));
-        listeners.map(move |(port, listener)| SocketAddr::new(listener.bind.unwrap_or(all), *port))
+        listeners.map(move |(port, listener)| match &listener.bind {
+            Bind::All => Place::Tcp(SocketAddr::new(all, *port)),
+            Bind::Address(ip) => Place::Tcp(SocketAddr::new(*ip, *port)),
+            Bind::Socket(place) => place.clone(),
+        })
     }
 }
 
