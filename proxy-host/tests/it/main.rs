@@ -13,6 +13,7 @@ mod floods;
 mod gateway;
 mod h2spec;
 mod http2;
+mod http2_upstream;
 mod http_support;
 mod keep_alive;
 mod operation;
