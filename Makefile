@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
+.PHONY: help build build-tests release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
 KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar Gateway
@@ -15,6 +15,10 @@ build:  ## everything, dev profile
 
 release:  ## target/deployed/proxy-host and portolan, as they are to be deployed: the first guided by a profile; takes a while
 	deploy/pgo/build.py
+
+# Tests have features of dependencies that products have not (tokio's test-util): after `build` half of them were built anew.
+build-tests:
+	cargo test --workspace --locked --no-run
 
 run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 leaves after the first two requests
 	@examples/quickstart/run.sh
@@ -29,17 +33,17 @@ oci: wasm  ## filter.wasm as an OCI image layout in target/oci, for Istio's Wasm
 test: lint check-wasm test-unit test-istio conformance test-envoy test-kubernetes fuzz-smoke  ## all of these
 	@echo "make test: all passed"
 
-test-unit: build  ## cargo test of every crate
+test-unit: build-tests  ## cargo test of every crate
 	-tests/venv.sh
 	cargo test --workspace --locked --no-fail-fast
 
 h2spec:  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)
 	cargo test --locked -p portolan-proxy-host --test it h2spec -- --nocapture
 
-conformance: build  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
+conformance: build-tests  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
 	tests/conformance/run.sh $(KINDS)
 
-test-envoy: build  ## a real Envoy, and proxy-host, while things change or fail; the quick start (root)
+test-envoy: build-tests  ## a real Envoy, and proxy-host, while things change or fail; the quick start (root)
 	tests/envoy/run.sh
 
 test-istio:  ## what istiod makes of deploy/istio leaves no way around the filter (recorded; gen-istio records anew)
@@ -48,7 +52,7 @@ test-istio:  ## what istiod makes of deploy/istio leaves no way around the filte
 test-mesh: build wasm  ## deploy/istio in a mesh that lives: istiod, agents, Envoys; not in `make test` (root, Go: minutes at first)
 	tests/istio/live.sh
 
-test-kubernetes: build  ## a real API server and etcd (needs Go once, to build them); the chart with helm
+test-kubernetes: build-tests  ## a real API server and etcd (needs Go once, to build them); the chart with helm
 	tests/kubernetes/run.sh
 	tests/kubernetes/chart.sh
 

@@ -14,7 +14,8 @@ pub fn binary(name: &str) -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--workspace", "--bins"]).current_dir(root());
+        // As `make test` builds them, with the tests' features of dependencies: otherwise much would be built twice.
+        cargo.args(["test", "--no-run", "--quiet", "--workspace"]).current_dir(root());
         // What cargo told this test of its package, ring's build script would take for a change: everything above it
         // would be built again, now and in the next build.
         for (name, _) in std::env::vars_os() {

@@ -1,6 +1,5 @@
 //! The admission webhook, request by request.
 
-#[allow(dead_code, reason = "other tests need more of it")]
 use crate::fake_api;
 
 use std::sync::Arc;

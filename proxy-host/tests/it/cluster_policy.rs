@@ -1,6 +1,5 @@
 //! What DestinationRules and VirtualServices ask of the way to the endpoints: limits, ejection, copies, delays.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 use crate::proxy_support;
 

@@ -1,7 +1,6 @@
 //! Requests that are malformed, or that two readers may read differently. Each file of `corpus/` begins with a line that
 //! says what has to come of the raw bytes that follow it.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 
 use std::{fs, path::Path};

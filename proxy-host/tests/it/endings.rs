@@ -1,6 +1,5 @@
 //! How requests end before their time, in Envoy's flags and response code details (each compared with Envoy 1.40).
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 use crate::raw_http2;
 

@@ -1,6 +1,5 @@
 //! HTTP/1.1 as it comes, through the whole proxy; each test is one thing that clients and servers do.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 
 use std::{

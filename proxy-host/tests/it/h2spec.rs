@@ -1,6 +1,5 @@
 //! h2spec, a conformance suite for HTTP/2, against the HTTP proxy port; `make h2spec` runs this alone.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 use crate::proxy_support;
 

@@ -1,6 +1,5 @@
 //! What an upstream of HTTP/2 may do: connections and streams that it ends, and those that it has no room for.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 
 use std::{

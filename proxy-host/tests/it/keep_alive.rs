@@ -1,6 +1,5 @@
 //! Clients' connections that wait between two requests: their memory is given back, and nobody can tell.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 
 use std::{

@@ -1,6 +1,5 @@
 //! Timeouts and retries that a request asks for by Envoy's headers.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 
 use std::{

@@ -1,6 +1,5 @@
 //! Streams and connections on which nothing moves, with short limits.
 
-#[allow(dead_code, reason = "not each test uses all of it")]
 use crate::http_support;
 use crate::raw_http2;
 
