@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """gateway_files.py PROXY...: a gateway's certificate is replaced while it serves, and counts from then on; of clients that
-its authorities know only those with a pinned key or certificate are let in.
+its authorities know only those with a pinned key or certificate are let in; versions and ciphers are those that it names.
 
 PROXY is `envoy` or `proxy-host`. The Gateway names a secret, which is a folder. Runs in a network namespace of its own;
 needs root.
@@ -18,6 +18,12 @@ spec:
   servers:
   - {port: {number: 8443, name: p, protocol: HTTPS}, hosts: ["*"], tls: {mode: SIMPLE, credentialName: own}}
 """
+CIPHER = "ECDHE-ECDSA-AES256-GCM-SHA384"
+OLDER = """
+  - port: {number: 8446, name: older, protocol: HTTPS}
+    hosts: ["*"]
+    tls: {mode: SIMPLE, credentialName: own, minProtocolVersion: TLSV1_2, maxProtocolVersion: TLSV1_2, cipherSuites: [%s]}
+""" % CIPHER
 PINNED = """
   - port: {number: %(port)d, name: p%(port)d, protocol: HTTPS}
     hosts: ["*"]
@@ -70,10 +76,23 @@ def served(wanted):
     until("the certificate is served", lambda: ssl.get_server_certificate(("127.0.0.1", 8443), timeout=2).split(), done=lambda found: found == wanted.split())
 
 
+def spoken(port, **settings):
+    """Version and cipher that a client with these settings and the server agree on."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for name, value in settings.items():
+        setattr(context, name, value)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as s:
+            return s.version(), s.cipher()[0]
+    except OSError:
+        return None
+
+
 def run(kind):
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/config"), os.makedirs(f"{folder}/secrets")
-        open(f"{folder}/config/gateway.yaml", "w").write(GATEWAY + clients(folder))
+        open(f"{folder}/config/gateway.yaml", "w").write(GATEWAY + OLDER + clients(folder))
         first = certificate(f"{folder}/secrets")
         who = ["--role", "gateway", "--credentials", f"{folder}/secrets"]
         log = open(f"{folder}/log", "ab")
@@ -90,6 +109,9 @@ def run(kind):
             for port in (8444, 8445):
                 seen = [let_in(folder, name, port) for name in ("one", "two")]
                 assert seen == [True, False], f"clients with a certificate that is pinned or not, port {port}: {seen}"
+            assert spoken(8446) == ("TLSv1.2", CIPHER), f"the version and the cipher that the server names: {spoken(8446)}"
+            assert spoken(8446, minimum_version=ssl.TLSVersion.TLSv1_3) is None, "a version that it does not name"
+            assert spoken(8443)[0] == "TLSv1.3", f"without settings the newest version: {spoken(8443)}"
             print(f"certificates of a gateway, {kind}: ok")
         except AssertionError:
             print(open(f"{folder}/log").read()[-3000:], file=sys.stderr)

@@ -12,6 +12,8 @@ from cluster import ISTIO, Cluster, Refused, documents, metric
 from support import PORTOLAN, PROXY_HOST, ROOT, free_port, until
 
 ENTRIES = int(os.environ.get("ENTRIES", 5000))
+# Seconds that the API server stays away, once the controller has noticed.
+AWAY = float(os.environ.get("AWAY", 0))
 SCENARIOS = []
 
 
@@ -47,13 +49,13 @@ class Process:
 
 
 class Controller(Process):
-    def __init__(self, cluster, name="controller", user="portolan", listen=None, wait=True, mesh=None, extra=()):
+    def __init__(self, cluster, name="controller", user="portolan", listen=None, wait=True, mesh=None, extra=(), pod=None):
         self.listen, self.admin_port = listen or free_port(), free_port()
         if mesh is None:
             (cluster.path / "mesh.yaml").write_text("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n")
             mesh = f"--mesh={cluster.path}/mesh.yaml"
-        super().__init__(cluster, name, [PORTOLAN, "serve", "--kubernetes", "--kubeconfig", cluster.kubeconfig(user), mesh,
-                                         "--listen", f"127.0.0.1:{self.listen}", "--admin", f"127.0.0.1:{self.admin_port}", *extra])
+        where = ["--kubeconfig", cluster.kubeconfig(user)] if pod is None else []
+        super().__init__(cluster, name, [*(pod or []), PORTOLAN, "serve", "--kubernetes", *where, mesh, "--listen", f"127.0.0.1:{self.listen}", "--admin", f"127.0.0.1:{self.admin_port}", *extra])
         if wait:
             until("the controller serves", lambda: self.said("serving on"), 60)
 
@@ -252,6 +254,10 @@ def an_api_server_goes_away(cluster):
         pages = controller.metric("pages")
         cluster.stop()
         until("the controller notices", lambda: controller.metric("kubernetes_watching", kind="ServiceEntry") == 0)
+        end = time.monotonic() + AWAY
+        while time.monotonic() < end:
+            time.sleep(1)
+            assert proxy.get("stays.away.example.com")[0] == 200
         assert proxy.get("stays.away.example.com")[0] == 200
         cluster.start()
         # Before the controller is back, which it says by its metric.
@@ -261,6 +267,29 @@ def an_api_server_goes_away(cluster):
         until("all is watched", lambda: "} 0" not in "".join(l for l in controller.admin("metrics").splitlines() if "_watching{" in l))
         again = controller.metric("pages") - pages
         assert again <= 4, f"{again} pages were sent again, more than what differs"
+    origin.shutdown()
+
+
+@scenario
+def a_pods_service_account_is_enough(cluster):
+    namespace(cluster, "inside")
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "portolan", "namespace": "portolan-system"}}
+    cluster.apply(account)
+    bind(cluster, role_of(cluster)["metadata"]["name"], "system:serviceaccount:portolan-system:portolan", "inside")
+    path = "/api/v1/namespaces/portolan-system/serviceaccounts/portolan/token"
+    token = cluster.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})["status"]["token"]
+    mounted = cluster.path / "serviceaccount"
+    mounted.mkdir()
+    for file, text in (("token", token), ("namespace", "portolan-system"), ("ca.crt", (cluster.path / "certs/apiserver.crt").read_text())):
+        (mounted / file).write_text(text)
+    # As a kubelet would have it, in a mount namespace that goes with the controller.
+    setup = ('mount -t tmpfs none /run && mkdir -p /var/run/secrets/kubernetes.io && ln -s "$0" /var/run/secrets/kubernetes.io/serviceaccount && exec "$@"')
+    pod = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "env", "-u", "KUBECONFIG", f"HOME={mounted}",
+           "KUBERNETES_SERVICE_HOST=127.0.0.1", f"KUBERNETES_SERVICE_PORT={cluster.port}", "sh", "-c", setup, mounted]
+    origin = Origin("inside", "127.0.0.1")
+    cluster.apply(entry("e", "e.inside.example.com", ns="inside", port=origin.server_port))
+    with Controller(cluster, pod=pod) as controller, Proxy(cluster, controller, namespace="inside") as proxy:
+        until("it is served", lambda: proxy.get("e.inside.example.com") == (200, "inside"))
     origin.shutdown()
 
 

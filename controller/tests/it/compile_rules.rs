@@ -324,6 +324,16 @@ fn pools_and_versions() {
 }
 
 #[test]
+fn a_retry_budget_has_istios_defaults() {
+    let budget = |policy: &str| {
+        let budget = under(policy, Http).circuit_breakers.unwrap().thresholds[0].retry_budget.unwrap();
+        (budget.budget_percent.unwrap().value, budget.min_retry_concurrency.unwrap().value)
+    };
+    assert_eq!(budget("{retryBudget: {percent: 12.5, minRetryConcurrency: 7}}"), (12.5, 7));
+    assert_eq!(budget("{retryBudget: {}}"), (20.0, 3));
+}
+
+#[test]
 fn without_a_rule_nothing_is_limited() {
     let w = world([entry(se("a", &["a.com"], &[(80, Http)]))]);
     let thresholds = &w.compiler.cluster(A).unwrap().circuit_breakers.unwrap().thresholds[0];
