@@ -179,7 +179,7 @@ fn forward(
     if let Some(key) = own.and_then(|o| o.hash.as_ref()) {
         let Sticky { value, cookie } = hash_key::value(host, request, key);
         if !value.is_empty() {
-            crate::tcp::set_state(host, HASH_STATE, &value, 1)?;
+            crate::envoy::set_state(host, HASH_STATE, &value, 1)?;
         }
         pending.list.extend(cookie.map(|cookie| (Change::Add, "set-cookie".to_owned(), cookie)));
     }

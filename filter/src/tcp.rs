@@ -6,11 +6,10 @@ use portolan_registry::decision::{Rule, Verdict};
 use portolan_registry::lookup::{Connection, PASSTHROUGH_CLUSTER, socket_address};
 use portolan_registry::route::Outcome as Routed;
 use portolan_registry::routing::NoHeaders;
-use prost::Message;
 
 use crate::carry;
 use crate::config::NoSnapshot;
-use crate::envoy::SetFilterState;
+use crate::envoy::set_state;
 use crate::host::{Action, Host, Level, Status, destination, printable};
 use crate::metrics::{Cause, Kind, Outcome};
 use crate::vm::{self, Vm};
@@ -136,11 +135,6 @@ fn socket(host: &impl Host) -> Option<SocketAddr> {
 
 fn set_cluster(host: &impl Host, cluster: &[u8]) -> Result<(), Status> {
     set_state(host, CLUSTER_STATE, cluster, 1)
-}
-
-pub(crate) fn set_state(host: &impl Host, path: &str, value: &[u8], span: i32) -> Result<(), Status> {
-    let arguments = SetFilterState { path: path.to_owned(), value: value.to_owned(), span };
-    host.foreign("set_envoy_filter_state", &arguments.encode_to_vec())
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 use portolan_registry::object::ClusterName;
 use portolan_registry::route::{Action as RouteAction, Route, Target, TargetExtras, TextMatch};
 use portolan_registry::row::{CatchAll, Routes, Row};
+use prost::Message as _;
 
 use super::*;
+use crate::envoy::SetFilterState;
 use crate::host::fake::{Call, Fake};
 use crate::testing::{CONFIGURATION, STATUSES, configured, deliver, ready, rows, whole, writer};
 

@@ -1,5 +1,6 @@
 //! HTTP/2 and gRPC through the whole proxy.
 
+use crate::http_support;
 use crate::proxy_support;
 use crate::raw_http2;
 
@@ -14,7 +15,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use proxy_support::{HTTP, PATIENCE, entry, origin, start};
 use raw_http2::{Client, DATA, END_HEADERS, END_STREAM, GET, GOAWAY, HEADERS, RST_STREAM, SLOW, frame};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
 type Body = BoxBody<Bytes, Infallible>;
 
@@ -33,20 +34,12 @@ fn body(data: &'static [u8], end: HeaderMap) -> Body {
 /// A gRPC server: `/echo` sends back what came, with the request's trailers in its own; `/only` answers with headers
 /// alone; `/early` answers before it has read anything.
 fn grpc_server() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async move {
-            let listener = TcpListener::from_std(listener).unwrap();
-            while let Ok((stream, _)) = listener.accept().await {
-                let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                tokio::spawn(server.serve_connection(TokioIo::new(stream), service_fn(call)));
-            }
-        });
-    });
-    address
+    http_support::serve(move |listener| async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(server.serve_connection(TokioIo::new(stream), service_fn(call)));
+        }
+    })
 }
 
 async fn call(request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
@@ -187,37 +180,29 @@ fn an_upstream_that_is_not_there_is_a_503_of_its_stream_alone() {
 
 /// A server of HTTP/2 that refuses the first stream of all, and answers the others with what it read.
 fn refusing() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async move {
-            let listener = TcpListener::from_std(listener).unwrap();
-            let mut refused = false;
-            while let Ok((stream, _)) = listener.accept().await {
-                let mut connection = h2::server::handshake(stream).await.unwrap();
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    if !refused {
-                        refused = true;
-                        respond.send_reset(h2::Reason::REFUSED_STREAM);
-                        continue;
-                    }
-                    tokio::spawn(async move {
-                        let mut body = request.into_body();
-                        let mut read = Vec::new();
-                        while let Some(Ok(data)) = body.data().await {
-                            let _ = body.flow_control().release_capacity(data.len());
-                            read.extend_from_slice(&data);
-                        }
-                        let mut send = respond.send_response(Response::new(()), false).unwrap();
-                        send.send_data(read.into(), true).unwrap();
-                    });
+    http_support::serve(move |listener| async move {
+        let mut refused = false;
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                if !refused {
+                    refused = true;
+                    respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    continue;
                 }
+                tokio::spawn(async move {
+                    let mut body = request.into_body();
+                    let mut read = Vec::new();
+                    while let Some(Ok(data)) = body.data().await {
+                        let _ = body.flow_control().release_capacity(data.len());
+                        read.extend_from_slice(&data);
+                    }
+                    let mut send = respond.send_response(Response::new(()), false).unwrap();
+                    send.send_data(read.into(), true).unwrap();
+                });
             }
-        });
-    });
-    address
+        }
+    })
 }
 
 #[test]

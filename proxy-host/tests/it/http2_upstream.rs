@@ -20,10 +20,7 @@ use h2::{
 };
 use http::{Request, Response};
 use http_support::{PATIENCE, Proxy};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Notify,
-};
+use tokio::{net::TcpStream, sync::Notify};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n";
 
@@ -32,24 +29,16 @@ type Asked = (Request<RecvStream>, SendResponse<Bytes>);
 
 /// A server each of whose connections is served by `serve`, which gets the connection's number.
 fn server<F: Future<Output = ()>>(builder: Builder, serve: impl Fn(Served, usize) -> F + Send + 'static) -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async move {
-            let listener = TcpListener::from_std(listener).unwrap();
-            let mut number = 0;
-            // One after the other: no test needs more.
-            while let Ok((stream, _)) = listener.accept().await {
-                if let Ok(connection) = builder.handshake(stream).await {
-                    serve(connection, number).await;
-                }
-                number += 1;
+    http_support::serve(move |listener| async move {
+        let mut number = 0;
+        // One after the other: no test needs more.
+        while let Ok((stream, _)) = listener.accept().await {
+            if let Ok(connection) = builder.handshake(stream).await {
+                serve(connection, number).await;
             }
-        });
-    });
-    address
+            number += 1;
+        }
+    })
 }
 
 fn answer(respond: &mut SendResponse<Bytes>, body: impl Into<Bytes>) {

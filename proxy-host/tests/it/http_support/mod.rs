@@ -181,3 +181,15 @@ pub fn answering() -> (SocketAddr, Receiver<Seen>) {
 pub fn statuses(answer: &str) -> Vec<u16> {
     answer.split("HTTP/1.1 ").skip(1).map(|rest| rest[..3].parse().unwrap()).collect()
 }
+
+/// A server on a thread of its own, with a runtime for it.
+pub fn serve<F: Future<Output = ()>>(serve: impl FnOnce(tokio::net::TcpListener) -> F + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { serve(tokio::net::TcpListener::from_std(listener).unwrap()).await });
+    });
+    address
+}
