@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-tests release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
+.PHONY: help toolchain build build-tests release run wasm oci test test-unit h2spec conformance test-envoy test-istio test-mesh test-kubernetes lint check-wasm fuzz-smoke bench gen gen-istio ci
 
 # Kinds of resources that Portolan serves; the recorded cases that hold only these must agree.
 KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar Gateway
@@ -10,20 +10,24 @@ KINDS := ServiceEntry WorkloadEntry VirtualService DestinationRule Sidecar Gatew
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-build:  ## everything, dev profile
+# rustup brings what rust-toolchain.toml names by itself, unless it is told not to (RUSTUP_AUTO_INSTALL=0).
+toolchain:
+	@! command -v rustup >/dev/null || rustup target list --installed 2>/dev/null | grep -q wasm32-unknown-unknown || rustup toolchain install --no-self-update
+
+build: toolchain  ## everything, dev profile
 	cargo build --workspace --locked
 
-release:  ## target/deployed/proxy-host and portolan, as they are to be deployed: the first guided by a profile; takes a while
+release: toolchain  ## target/deployed/proxy-host and portolan, as they are to be deployed: the first guided by a profile; takes a while
 	deploy/pgo/build.py
 
 # Tests have features of dependencies that products have not (tokio's test-util): after `build` half of them were built anew.
-build-tests:
+build-tests: toolchain
 	cargo test --workspace --locked --no-run
 
 run: build  ## a proxy with examples/quickstart and an origin beside it; ONCE=1 leaves after the first two requests
 	@examples/quickstart/run.sh
 
-wasm:  ## filter.wasm, as proxy-host carries it: target/filter/wasm32-wasip1/wasm/portolan_filter.wasm
+wasm: toolchain  ## filter.wasm, as proxy-host carries it: target/filter/wasm32-wasip1/wasm/portolan_filter.wasm
 	cargo build --locked -p portolan-filter --lib --profile wasm --target wasm32-wasip1 --target-dir target/filter
 
 oci: wasm  ## filter.wasm as an OCI image layout in target/oci, for Istio's WasmPlugin; prints the digest
@@ -37,7 +41,7 @@ test-unit: build-tests  ## cargo test of every crate
 	-tests/venv.sh
 	cargo test --workspace --locked --no-fail-fast
 
-h2spec:  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)
+h2spec: toolchain  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)
 	cargo test --locked -p portolan-proxy-host --test it h2spec -- --nocapture
 
 conformance: build-tests  ## recorded answers, our differences and the examples, through proxy-host and a real Envoy (root)
@@ -56,21 +60,21 @@ test-kubernetes: build-tests  ## a real API server and etcd (needs Go once, to b
 	tests/kubernetes/run.sh
 	tests/kubernetes/chart.sh
 
-lint:  ## formatting and clippy; warnings are errors
+lint: toolchain  ## formatting and clippy; warnings are errors
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-check-wasm:  ## the registry crate builds for both wasm targets
+check-wasm: toolchain  ## the registry crate builds for both wasm targets
 	cargo check --locked -p portolan-registry --target wasm32-wasip1
 	cargo check --locked -p portolan-registry --target wasm32-unknown-unknown
 
-fuzz-smoke:  ## each fuzz target for 10 seconds
+fuzz-smoke: toolchain  ## each fuzz target for 10 seconds
 	fuzz/smoke.sh 10
 
-bench:  ## the numbers in bench/RESULTS.md
+bench: toolchain  ## the numbers in bench/RESULTS.md
 	bench/run.sh
 
-gen:  ## generated protobuf code, written anew
+gen: toolchain  ## generated protobuf code, written anew
 	UPDATE=1 cargo test -p portolan-proto
 
 gen-istio:  ## tests/istio/golden, by istiod's own generator (needs Go; its first build takes minutes)
