@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional, split};
 
 /// Looks in the time allowed.
 const LOOKS: u32 = 8;
@@ -58,74 +58,149 @@ pub async fn within<T>(
     .await
 }
 
+/// One side of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Who asked for it.
+    Client,
+    /// Who was asked.
+    Upstream,
+}
+
 /// How a copy ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Copied {
-    /// Both sides said all; bytes from the first and from the second.
-    Whole(u64, u64),
-    /// One side failed.
-    Broken,
-    /// Nothing moved for too long; bytes both ways.
-    Idle(u64),
+    /// All was said; by this side first, where its end was the end of both.
+    Whole(Option<Side>),
+    /// This side failed.
+    Broken(Side),
+    /// Nothing moved for too long.
+    Idle,
+}
+
+/// Bytes that have gone each way, however it ended.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// From the client.
+    pub received: u64,
+    /// To the client.
+    pub sent: u64,
 }
 
 /// Copies both ways until both sides have ended, or nothing has moved for `time`; zero: however long that is.
-pub async fn copy<A, B>(mut first: A, mut second: B, time: Duration) -> Copied
+pub async fn copy<A, B>(client: A, upstream: B, time: Duration) -> (Copied, Bytes)
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let moved = Rc::new(Cell::new(0));
-    let mut first = Counted { inner: &mut first, moved: moved.clone() };
-    let copying = std::pin::pin!(copy_bidirectional(&mut first, &mut second));
-    match within(time, || Some(moved.get()), copying).await {
-        Some(Ok((from_first, from_second))) => Copied::Whole(from_first, from_second),
-        Some(Err(_)) => Copied::Broken,
-        None => Copied::Idle(moved.get()),
+    counted(client, upstream, time, async |client, upstream| copy_bidirectional(client, upstream).await.map(|_| None))
+        .await
+}
+
+/// The same until one side has ended: what it said is written, and nobody waits for the other.
+pub async fn copy_until_one_ends<A, B>(client: A, upstream: B, time: Duration) -> (Copied, Bytes)
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    counted(client, upstream, time, async |client, upstream| {
+        let ((mut from_client, mut to_client), (mut from_upstream, mut to_upstream)) = (split(client), split(upstream));
+        tokio::select! {
+            biased;
+            down = tokio::io::copy(&mut from_upstream, &mut to_client) => down.map(|_| Some(Side::Upstream)),
+            up = tokio::io::copy(&mut from_client, &mut to_upstream) => up.map(|_| Some(Side::Client)),
+        }
+    })
+    .await
+}
+
+async fn counted<A, B>(
+    mut client: A,
+    mut upstream: B,
+    time: Duration,
+    copy: impl AsyncFnOnce(&mut Counted<&mut A>, &mut Counted<&mut B>) -> io::Result<Option<Side>>,
+) -> (Copied, Bytes)
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    let (of_client, of_upstream) = (Rc::<Moves>::default(), Rc::<Moves>::default());
+    let mut client = Counted { inner: &mut client, moves: of_client.clone() };
+    let mut upstream = Counted { inner: &mut upstream, moves: of_upstream.clone() };
+    let copied = {
+        let copying = std::pin::pin!(copy(&mut client, &mut upstream));
+        let moved =
+            || Some([&of_client, &of_upstream].iter().map(|moves| moves.read.get() + moves.written.get()).sum());
+        within(time, moved, copying).await
+    };
+    let copied = match copied {
+        Some(Ok(first)) => Copied::Whole(first),
+        Some(Err(_)) if of_upstream.failed.get() => Copied::Broken(Side::Upstream),
+        Some(Err(_)) => Copied::Broken(Side::Client),
+        None => Copied::Idle,
+    };
+    (copied, Bytes { received: of_client.read.get(), sent: of_upstream.read.get() })
+}
+
+/// What one side did.
+#[derive(Debug, Default)]
+struct Moves {
+    read: Cell<u64>,
+    written: Cell<u64>,
+    failed: Cell<bool>,
+}
+
+impl Moves {
+    fn told<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if let Poll::Ready(Err(_)) = &polled {
+            self.failed.set(true);
+        }
+        polled
     }
 }
 
-/// Counts the bytes that move.
+/// Notes what a side does.
 struct Counted<T> {
     inner: T,
-    moved: Rc<Cell<u64>>,
-}
-
-impl<T> Counted<T> {
-    fn count(&self, bytes: usize) {
-        self.moved.set(self.moved.get() + bytes as u64);
-    }
+    moves: Rc<Moves>,
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
-        self.count(buf.filled().len() - before);
+        let read = Pin::new(&mut self.inner).poll_read(cx, buf);
+        ready!(self.moves.told(read))?;
+        self.moves.read.set(self.moves.read.get() + (buf.filled().len() - before) as u64);
         Poll::Ready(Ok(()))
     }
 }
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Counted<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.inner).poll_write(cx, buf))?;
-        self.count(written);
+        let written = Pin::new(&mut self.inner).poll_write(cx, buf);
+        let written = ready!(self.moves.told(written))?;
+        self.moves.written.set(self.moves.written.get() + written as u64);
         Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        let flushed = Pin::new(&mut self.inner).poll_flush(cx);
+        self.moves.told(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
+        let ended = Pin::new(&mut self.inner).poll_shutdown(cx);
+        self.moves.told(ended)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::{io::AsyncWriteExt as _, time::Instant};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        time::Instant,
+    };
 
     const TIME: Duration = Duration::from_secs(80);
 
@@ -176,9 +251,25 @@ mod tests {
             }
         };
         let (copied, ()) = tokio::join!(copy(near, far, TIME), talk);
-        // Read of one side; the other one is written uncounted.
-        assert_eq!(copied, Copied::Idle(25));
+        assert_eq!(copied, (Copied::Idle, Bytes { received: 25, sent: 0 }));
         assert!((380..=390).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
         drop(server);
+    }
+
+    #[tokio::test]
+    async fn a_copy_may_end_with_its_first_side() {
+        for (first, moved) in [(Side::Client, (2, 0)), (Side::Upstream, (0, 2))] {
+            let ((mut client, near), (far, mut server)) = (tokio::io::duplex(64), tokio::io::duplex(64));
+            let (ends, hears) =
+                if first == Side::Client { (&mut client, &mut server) } else { (&mut server, &mut client) };
+            ends.write_all(b"hi").await.unwrap();
+            ends.shutdown().await.unwrap();
+            let (copied, bytes) = copy_until_one_ends(near, far, TIME).await;
+            assert_eq!(copied, Copied::Whole(Some(first)));
+            assert_eq!((bytes.received, bytes.sent), moved);
+            let mut heard = Vec::new();
+            hears.read_to_end(&mut heard).await.unwrap();
+            assert_eq!(heard, b"hi");
+        }
     }
 }

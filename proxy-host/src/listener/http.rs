@@ -28,7 +28,7 @@ use crate::{
     filter::{Connection, HttpVerdict, Stream, Via},
     flags,
     headers::{self, authority_parts},
-    idle::{self, Copied},
+    idle::{self, Copied, Side},
     path,
     router::{self, Failure},
     upstream::{Wanted, hash},
@@ -370,8 +370,8 @@ impl Exchange {
         exec::spawn(async move {
             let mut entry = entry;
             let _held = (stream, active, open);
-            let Ok(client) = client.await else { return };
-            note(idle::copy(TokioIo::new(client), upstream, idle).await, &mut entry);
+            let Ok(client) = client.await else { return entry.broke_off() };
+            note(idle::copy_until_one_ends(TokioIo::new(client), upstream, idle).await, true, &mut entry);
         });
         // The tunnel's line is written at its end, by its task.
         Ok(Response::new(ResponseBody::silent(received)))
@@ -468,17 +468,27 @@ impl Exchange {
 /// Carries the bytes of an upgraded connection; `_held` lives as long.
 async fn both_ways(client: OnUpgrade, upstream: OnUpgrade, idle: Duration, mut entry: Box<Entry>, _held: impl Sized) {
     if let (Ok(client), Ok(upstream)) = (client.await, upstream.await) {
-        note(idle::copy(TokioIo::new(client), TokioIo::new(upstream), idle).await, &mut entry);
+        let copied = idle::copy_until_one_ends(TokioIo::new(client), TokioIo::new(upstream), idle).await;
+        note(copied, false, &mut entry);
+    } else {
+        entry.broke_off();
     }
 }
 
-/// Notes how a connection that is no longer HTTP ended.
-fn note(copied: Copied, entry: &mut Entry) {
-    match copied {
-        Copied::Whole(received, sent) => (entry.received, entry.sent) = (received, sent),
-        Copied::Idle(..) => (entry.flags, entry.reason) = ("SI", Some("stream_idle_timeout".into())),
-        Copied::Broken => {}
-    }
+/// Notes how a connection that is no longer HTTP ended; `tunnel`: towards the upstream it never was.
+fn note((copied, bytes): (Copied, idle::Bytes), tunnel: bool, entry: &mut Entry) {
+    (entry.received, entry.sent) = (bytes.received, bytes.sent);
+    let (flag, details) = match copied {
+        Copied::Idle => ("SI", "stream_idle_timeout"),
+        Copied::Whole(Some(Side::Client)) | Copied::Broken(Side::Client) => ("DC", "downstream_remote_disconnect"),
+        Copied::Whole(_) if tunnel => return,
+        // As Envoy has it, an answer that has no end is not at its end.
+        Copied::Whole(_) | Copied::Broken(Side::Upstream) => {
+            ("UC", "upstream_reset_after_response_started{connection_termination}")
+        }
+    };
+    entry.flags = flags::join(entry.flags, flag);
+    entry.reason = Some(details.into());
 }
 
 /// Whether a client waits for a 100 before it sends its body.

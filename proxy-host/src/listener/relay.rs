@@ -21,6 +21,8 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+use crate::idle::Side;
+
 /// Bytes copied at once.
 const COPY: usize = 16 * 1024;
 /// Size of a pipe, in bytes; the kernel moves up to as many pages. Where a user has too many, pipes stay smaller.
@@ -57,12 +59,14 @@ pub struct Moved {
 /// passed on, and the other goes on as long as it likes.
 ///
 /// # Errors
-/// One side failed.
-pub async fn relay(client: Socket<'_>, read: Bytes, upstream: Socket<'_>, moved: &Moved) -> io::Result<()> {
+/// One side failed, which is told.
+pub async fn relay(client: Socket<'_>, read: Bytes, upstream: Socket<'_>, moved: &Moved) -> Result<(), Side> {
     let mut up = Way::new(client, upstream, &moved.received, read);
     let mut down = Way::new(upstream, client, &moved.sent, Bytes::new());
     let both = std::future::poll_fn(move |cx| {
-        let (up, down) = (up.poll(cx)?, down.poll(cx)?);
+        let sent_up = up.poll(cx).map_err(|_| if up.writing { Side::Upstream } else { Side::Client })?;
+        let sent_down = down.poll(cx).map_err(|_| if down.writing { Side::Client } else { Side::Upstream })?;
+        let (up, down) = (sent_up, sent_down);
         if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     });
     pin!(both).await
@@ -83,11 +87,24 @@ struct Way<'a> {
     splices: bool,
     ended: bool,
     done: bool,
+    /// The last thing tried was to write.
+    writing: bool,
 }
 
 impl<'a> Way<'a> {
     fn new(from: Socket<'a>, to: Socket<'a>, moved: &'a Cell<u64>, copied: Bytes) -> Self {
-        Self { from, to, moved, copied, piped: None, bulk: false, splices: true, ended: false, done: false }
+        Self {
+            from,
+            to,
+            moved,
+            copied,
+            piped: None,
+            bulk: false,
+            splices: true,
+            ended: false,
+            done: false,
+            writing: false,
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -97,6 +114,7 @@ impl<'a> Way<'a> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+            self.writing = !self.copied.is_empty() || self.piped.is_some() || self.ended;
             if !self.copied.is_empty() {
                 ready!(self.to.poll_write_ready(cx))?;
                 let written = again(self.to.try_write(&self.copied))?.unwrap_or(0);
@@ -182,6 +200,7 @@ impl<'a> Way<'a> {
                 Some(count) => count,
             };
             self.bulk = count == scratch.len();
+            self.writing = true;
             let written = again(self.to.try_write(&scratch[..count]))?.unwrap_or(0);
             self.count(written);
             if written < count {
@@ -373,8 +392,20 @@ mod tests {
         SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(client);
         let moved = Moved::default();
-        assert!(relay(Socket::Tcp(&inside), Bytes::new(), Socket::Tcp(&outside), &moved).await.is_err());
+        let ended = relay(Socket::Tcp(&inside), Bytes::new(), Socket::Tcp(&outside), &moved).await;
+        assert_eq!(ended, Err(Side::Client));
         drop(server);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_reset_by_the_upstream_is_told_as_such() {
+        let ((client, inside), (outside, server)) = (pair().await, pair().await);
+        SockRef::from(&server).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(server);
+        let moved = Moved::default();
+        let ended = relay(Socket::Tcp(&inside), Bytes::new(), Socket::Tcp(&outside), &moved).await;
+        assert_eq!(ended, Err(Side::Upstream));
+        drop(client);
     }
 
     #[tokio::test(flavor = "current_thread")]

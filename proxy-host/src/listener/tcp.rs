@@ -12,7 +12,7 @@ use super::{
 use crate::{
     access_log::Entry,
     filter::{Connection, TcpVerdict},
-    idle::{self, Copied},
+    idle::{self, Copied, Side},
     upstream::{
         Wanted,
         connect::{ConnectError, Stream},
@@ -87,14 +87,14 @@ async fn carry(
         }
         Err(error) => {
             entry.reason = Some(error.to_string());
-            return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF" });
+            return Err(if matches!(error, ConnectError::Overflow) { "UO" } else { "UF,URX" });
         }
     };
     if let Some(to) = &tunnel {
         let asked = tokio::time::timeout(cluster.spec().connect_timeout, tunnel::ask(&mut upstream, to)).await;
         if let Err(error) = asked.unwrap_or(Err(TunnelError::Silent)) {
             entry.reason = Some(error.to_string());
-            return Err("UF");
+            return Err("UF,URX");
         }
     }
     let options = &cluster.spec().options;
@@ -109,7 +109,8 @@ async fn carry(
     let (reason, flags) = match ended {
         Ended::Whole => return Ok(()),
         // One side was reset; so is the other.
-        Ended::Broken => return Err(""),
+        Ended::Broken(Side::Client) => return Err(""),
+        Ended::Broken(Side::Upstream) => return Err("UR"),
         Ended::Idle => ("tcp_session_idle_timeout", ""),
         Ended::Old => ("max_connection_duration_reached", "DT"),
     };
@@ -122,8 +123,8 @@ async fn carry(
 enum Ended {
     /// Both sides said all.
     Whole,
-    /// One side failed.
-    Broken,
+    /// This side failed.
+    Broken(Side),
     /// Nothing moved for too long.
     Idle,
     /// It was there for as long as it may be.
@@ -137,17 +138,16 @@ async fn move_bytes(client: &mut Rewind, upstream: Stream, time: Duration, entry
         let relayed = pin!(relay(Socket::Tcp(client.stream()), read, socket, &moved.moved));
         tokio::select! {
             biased;
-            ended = relayed => if ended.is_ok() { Ended::Whole } else { Ended::Broken },
+            ended = relayed => ended.map_or_else(Ended::Broken, |()| Ended::Whole),
             () = idle::quiet(time, || Some(moved.moved.received.get() + moved.moved.sent.get())) => Ended::Idle,
         }
     } else {
-        match idle::copy(client, upstream, time).await {
-            Copied::Whole(received, sent) => {
-                (entry.received, entry.sent) = (received, sent);
-                Ended::Whole
-            }
-            Copied::Broken => Ended::Broken,
-            Copied::Idle(_) => Ended::Idle,
+        let (copied, bytes) = idle::copy(client, upstream, time).await;
+        (entry.received, entry.sent) = (bytes.received, bytes.sent);
+        match copied {
+            Copied::Whole(_) => Ended::Whole,
+            Copied::Broken(side) => Ended::Broken(side),
+            Copied::Idle => Ended::Idle,
         }
     }
 }

@@ -66,10 +66,10 @@ impl Failure {
         match self {
             Self::Choose(ChooseError::NoEndpoint) => "UH",
             Self::Choose(ChooseError::Resolve(_)) => "DF",
-            Self::Connect(_, tries) => flags::join("UF", tries.flag),
-            Self::Overflow(tries) => flags::join("UO", tries.flag),
-            Self::Reset(error, tries) => flags::join(reset(error).0, tries.flag),
-            Self::Timeout { tries, .. } => flags::join("UT", tries.flag),
+            Self::Connect(_, tries) => flags::join(tries.flag, "UF"),
+            Self::Overflow(tries) => flags::join(tries.flag, "UO"),
+            Self::Reset(error, tries) => flags::join(tries.flag, reset(error).0),
+            Self::Timeout { tries, .. } => flags::join(tries.flag, "UT"),
             Self::Idle { .. } => "SI",
             Self::Filter => "",
         }

@@ -92,7 +92,7 @@ fn attempts_have_a_time_of_their_own_and_are_counted() {
     let answer = proxy.send(get(headers).as_bytes());
     assert_eq!(statuses(&answer), [504], "{answer}");
     let line = proxy.line();
-    assert!(line.contains("\" 504 UT,URX ") && line.contains("\"upstream_per_try_timeout\""), "{line}");
+    assert!(line.contains("\" 504 URX,UT ") && line.contains("\"upstream_per_try_timeout\""), "{line}");
     let counts: Vec<_> = seen.try_iter().map(|request| attempt(&request)).collect();
     assert_eq!(counts, [1, 2]);
 }

@@ -198,7 +198,7 @@ fn the_server_is_asked_for_the_host_and_has_to_be_it() {
         answer.starts_with("HTTP/1.1 503") && answer.ends_with("reset reason: remote connection failure"),
         "{answer}"
     );
-    assert!(line.contains("\" 503 UF,URX ") && line.contains("{remote_connection_failure|TLS_error:|"), "{line}");
+    assert!(line.contains("\" 503 URX,UF ") && line.contains("{remote_connection_failure|TLS_error:|"), "{line}");
 }
 
 #[test]
