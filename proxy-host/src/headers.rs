@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use ::http::{
-    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE, Entry, TE, TRANSFER_ENCODING, UPGRADE},
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, Entry, GetAll, TE, TRANSFER_ENCODING, UPGRADE},
 };
 
 /// Whether Envoy takes a request of this method: those that its parser knows; it answers any other with 400.
@@ -25,11 +25,13 @@ pub fn is_method_name(method: &[u8]) -> bool {
             b"DELETE" | b"NOTIFY" | b"REBIND" | b"REPORT" | b"SEARCH" | b"SOURCE" | b"UNBIND" | b"UNLINK" | b"UNLOCK"
         ),
         7 => matches!(method, b"OPTIONS" | b"CONNECT" | b"MSEARCH"),
-        8 => matches!(method, b"CHECKOUT" | b"PROPFIND" | b"M-SEARCH"),
+        8 => matches!(method, b"CHECKOUT" | b"PROPFIND"),
         _ => matches!(method, b"PROPPATCH" | b"SUBSCRIBE" | b"MKACTIVITY" | b"MKCALENDAR" | b"UNSUBSCRIBE"),
     }
 }
 
+/// `proxy-connection`
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 /// `x-forwarded-proto`
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 /// `x-forwarded-for`
@@ -46,12 +48,26 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     kind.and_then(|kind| kind.strip_prefix(b"application/grpc")).is_some_and(|rest| matches!(rest, [] | [b'+', ..]))
 }
 
-/// Whether a header is for one hop (RFC 9110, 7.6.1), or decides about such headers.
+/// Whether a header is for one hop (RFC 9110, 7.6.1), or decides about such headers; that of the client's certificate is
+/// this proxy's to say.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
-        "connection" | "upgrade" | "te" | "transfer-encoding" | "keep-alive" | "proxy-connection" | "http2-settings"
+        "connection"
+            | "upgrade"
+            | "te"
+            | "transfer-encoding"
+            | "keep-alive"
+            | "proxy-connection"
+            | "http2-settings"
+            | "x-forwarded-client-cert"
     )
+}
+
+/// Whether a list has this word.
+fn lists(values: GetAll<'_, HeaderValue>, word: &str) -> bool {
+    let is = |part: &[u8]| part.trim_ascii().eq_ignore_ascii_case(word.as_bytes());
+    values.iter().any(|value| value.as_bytes().split(|b| *b == b',').any(is))
 }
 
 /// What a request wants its connection to become. HTTP/2 is not offered by an upgrade, as in Envoy: such a request is
@@ -59,20 +75,21 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 #[must_use]
 pub fn upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
     let protocol = headers.get(UPGRADE).filter(|protocol| !protocol.as_bytes().eq_ignore_ascii_case(b"h2c"))?;
-    let is_upgrade = |token: &[u8]| token.trim_ascii().eq_ignore_ascii_case(b"upgrade");
-    let named = headers.get_all(CONNECTION).iter().any(|v| v.as_bytes().split(|b| *b == b',').any(is_upgrade));
-    named.then_some(protocol)
+    lists(headers.get_all(CONNECTION), "upgrade").then_some(protocol)
 }
 
-/// Makes a request's headers those that a filter sees: without those that are for one hop, with what Envoy adds.
-pub fn prepare(headers: &mut HeaderMap) {
+/// Makes a request's headers those that a filter sees: without those that are for one hop, with what Envoy adds. Says
+/// whether its connection is to end by a header that is not looked at elsewhere.
+pub fn prepare(headers: &mut HeaderMap) -> bool {
+    let mut closes = false;
     if headers.keys().any(is_hop_by_hop) {
-        let upgrade =
-            headers.get(UPGRADE).filter(|protocol| !protocol.as_bytes().eq_ignore_ascii_case(b"h2c")).cloned();
-        let trailers = headers.get_all(TE).iter().any(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+        let upgrade = upgrade(headers).cloned();
+        let trailers = lists(headers.get_all(TE), "trailers");
+        closes = lists(headers.get_all(PROXY_CONNECTION), "close");
         remove_hop_by_hop(headers);
         headers.remove(TE);
         headers.remove("http2-settings");
+        headers.remove(X_FORWARDED_CLIENT_CERT);
         if trailers {
             headers.insert(TE, HeaderValue::from_static("trailers"));
         }
@@ -83,10 +100,54 @@ pub fn prepare(headers: &mut HeaderMap) {
     }
     // An application that knows better is believed, as by a sidecar's Envoy.
     headers.entry(X_FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
-    if let Entry::Vacant(place) = headers.entry(X_REQUEST_ID)
-        && let Ok(id) = HeaderValue::from_bytes(&uuid())
-    {
-        place.insert(id);
+    let new = || HeaderValue::from_bytes(&uuid()).ok();
+    match headers.entry(X_REQUEST_ID) {
+        Entry::Occupied(mut id) if id.get().is_empty() => {
+            new().map(|new| id.insert(new));
+        }
+        Entry::Occupied(_) => {}
+        Entry::Vacant(place) => {
+            new().map(|new| place.insert(new));
+        }
+    }
+    closes
+}
+
+/// Says how long a request to a server of HTTP/1.1 is, where it would not be understood, or would have no body, without
+/// that; `length`: of its body, where that is known.
+pub fn frame(headers: &mut HeaderMap, method: &Method, length: Option<u64>) {
+    match (length, method.as_str()) {
+        (None, "GET" | "HEAD") if !headers.contains_key(CONTENT_LENGTH) => {
+            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        (Some(0), "GET" | "HEAD" | "DELETE" | "TRACE" | "CONNECT") => {}
+        (Some(0), _) => {
+            headers.entry(CONTENT_LENGTH).or_insert_with(|| HeaderValue::from_static("0"));
+        }
+        _ => {}
+    }
+}
+
+/// Whether a request of HTTP/1.0 wants its connection to go on after its answer.
+#[must_use]
+pub fn keeps_alive(headers: &HeaderMap) -> bool {
+    lists(headers.get_all(CONNECTION), "keep-alive")
+}
+
+/// Whether a connection of HTTP/1.0 can go on after this answer, of a length that is `known`: its end has to be told by
+/// its head, as Envoy sees it.
+#[must_use]
+pub fn ends_by_itself<B>(response: &Response<B>, known: bool) -> bool {
+    (known || response.headers().contains_key(CONTENT_LENGTH)) && response.status() != StatusCode::NO_CONTENT
+}
+
+/// Whether an answer says twice how long it is; `known`: its body's length is.
+#[must_use]
+pub fn is_ambiguous(headers: &HeaderMap, known: bool) -> bool {
+    if known {
+        headers.len() > headers.keys_len() && headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some()
+    } else {
+        headers.contains_key(CONTENT_LENGTH)
     }
 }
 
@@ -132,7 +193,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         headers.remove(name);
     }
     headers.remove("keep-alive");
-    headers.remove("proxy-connection");
+    headers.remove(PROXY_CONNECTION);
 }
 
 /// Removes what no request of HTTP/2 may have (RFC 9113, 8.2.2), in case the filter has written it.
@@ -289,6 +350,38 @@ mod tests {
         prepare(&mut headers);
         assert_eq!(headers["connection"], "upgrade");
         assert_eq!(headers["upgrade"], "websocket");
+    }
+
+    #[test]
+    fn an_upgrade_that_the_connection_does_not_name_is_none() {
+        let mut headers = map(&[("connection", "keep-alive"), ("upgrade", "websocket")]);
+        prepare(&mut headers);
+        assert!(!headers.contains_key("connection") && !headers.contains_key("upgrade"));
+    }
+
+    #[test]
+    fn of_what_may_be_encoded_only_trailers_go_on() {
+        for (te, goes) in [("gzip, trailers", true), ("trailers;q=0.5, gzip", false), ("", false)] {
+            let mut headers = map(&[("te", te)]);
+            prepare(&mut headers);
+            assert_eq!(headers.get("te"), goes.then_some(&HeaderValue::from_static("trailers")), "{te}");
+        }
+    }
+
+    #[test]
+    fn requests_say_how_long_they_are_where_they_have_to() {
+        for (method, length, said) in [
+            (Method::GET, Some(0), ""),
+            (Method::GET, None, "transfer-encoding"),
+            (Method::GET, Some(5), ""),
+            (Method::DELETE, Some(0), ""),
+            (Method::POST, Some(0), "content-length"),
+            (Method::POST, None, ""),
+        ] {
+            let mut headers = HeaderMap::new();
+            frame(&mut headers, &method, length);
+            assert_eq!(headers.keys().map(HeaderName::as_str).collect::<String>(), said, "{method} {length:?}");
+        }
     }
 
     #[test]

@@ -191,6 +191,10 @@ pub async fn send(
         // What an HTTP/2 server says before its answer is not looked at.
         control.go_on();
     }
+    if !http2 {
+        let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
+        headers::frame(&mut head.headers, &head.method, length);
+    }
     let policy = Policy::take(&mut head.headers, grpc, retries);
     // A server of HTTP/2 may refuse a stream, as it does at its own end.
     let repeats = policy.repeats || http2 && !body.is_end_stream();

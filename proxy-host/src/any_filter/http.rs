@@ -14,7 +14,10 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE},
 };
-use hyper::{body::Incoming, service::service_fn};
+use hyper::{
+    body::{Body as _, Incoming},
+    service::service_fn,
+};
 use tokio::sync::watch;
 
 use super::{
@@ -32,6 +35,7 @@ use crate::{
         http::target,
         rewind::Rewind,
         server::{self, HttpLimits},
+        strict,
     },
     vm::{LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
 };
@@ -59,13 +63,18 @@ pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, htt
             let held = request.version() != Version::HTTP_2
                 && (request.method() == Method::CONNECT || headers::upgrade(request.headers()).is_some());
             let refused = guard::refused(&request).is_some();
+            let old = (request.version() == Version::HTTP_10).then(|| headers::keeps_alive(request.headers()));
             let mut answered = handle(proxy, connection, request, requests).await;
             if held {
                 control.answered(false);
             }
             // A client that took its upgrade for granted must not have its next bytes taken for a request.
             if let Ok(response) = &mut answered
-                && (held || refused)
+                && (held
+                    || refused
+                    || old.is_some_and(|kept| {
+                        !kept || !headers::ends_by_itself(response, response.body().size_hint().exact().is_some())
+                    }))
             {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
@@ -103,11 +112,12 @@ async fn handle(
         is_head: *request.method() == Method::HEAD,
         proxy,
     };
-    let of_codec = guard::refused(&request).is_some();
+    let refused = guard::refused(&request);
     let (head, body) = match read(request, exchange.proxy.limits) {
         Ok(read) => read,
         Err((status, details)) => {
-            let text = if of_codec { guard::refusal_text(status) } else { "" };
+            let said = status == StatusCode::REQUEST_TIMEOUT || refused.is_some() && strict::is_of_codec(&details);
+            let text = if said { guard::refusal_text(status) } else { "" };
             let text = Bytes::from_static(text.as_bytes());
             exchange.info.details.replace(details);
             let head = exchange.local_head(status, HeaderMap::new(), None, &text);
@@ -128,8 +138,11 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
     let (mut parts, body) = request.into_parts();
     let host = parts.headers.remove(HOST);
     let authority = match parts.uri.authority() {
-        // The target's authority wins over Host (RFC 9112, 3.2.2).
-        Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+        // The target's authority wins over Host (RFC 9112, 3.2.2); without who the client says it is.
+        Some(authority) => {
+            let text = authority.as_str();
+            HeaderValue::from_str(text.rsplit_once('@').map_or(text, |(_, host)| host)).ok()
+        }
         None => host,
     };
     if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) && !limits.http10 {
@@ -249,11 +262,14 @@ impl Exchange {
     /// Asks the upstream.
     async fn send(
         &self,
-        head: RequestHead,
+        mut head: RequestHead,
         body: Body,
         timeout: Duration,
         mut complete: watch::Receiver<bool>,
     ) -> Result<(ResponseHead, Source, Lease), Failure> {
+        if !self.http2 {
+            headers::frame(&mut head.headers, &head.method, body.size_hint().exact());
+        }
         let mut request = Request::new(body);
         *request.uri_mut() = target(&head, self.http2).map_err(|_| Failure::Request)?;
         *request.method_mut() = head.method;

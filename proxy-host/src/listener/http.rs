@@ -19,7 +19,7 @@ use super::{
     guard::{self, Control, End},
     rewind::Rewind,
     server::{self, HttpLimits},
-    strict::Refusal,
+    strict::{self, Refusal},
 };
 use crate::{
     access_log::Entry,
@@ -47,6 +47,8 @@ struct Client {
     open: Rc<Open>,
     /// Requests so far.
     requests: Cell<u64>,
+    /// It ends with the answer to the request under way.
+    closes: Cell<bool>,
 }
 
 /// Serves the requests of one connection.
@@ -54,7 +56,13 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
     let stop = worker.stop.clone();
     let limits = worker.config.http;
     let control = Arc::new(Control::default());
-    let from = Rc::new(Client { connection, control: control.clone(), open, requests: Cell::new(0) });
+    let from = Rc::new(Client {
+        connection,
+        control: control.clone(),
+        open,
+        requests: Cell::new(0),
+        closes: Cell::new(false),
+    });
     let seen = Rc::downgrade(&from);
     let service = service_fn(move |request| {
         let (worker, from) = (worker.clone(), from.clone());
@@ -78,7 +86,17 @@ async fn handle(
 ) -> Result<Response<ResponseBody>, Reset> {
     let connect = request.method() == Method::CONNECT;
     let upgrades = request.version() != Version::HTTP_2 && (connect || headers::upgrade(request.headers()).is_some());
+    let old = (request.version() == Version::HTTP_10).then(|| headers::keeps_alive(request.headers()));
     let mut answered = answer(worker, from, request).await;
+    if let Ok(response) = &mut answered
+        && (from.closes.get()
+            || old.is_some_and(|kept| {
+                !kept || !headers::ends_by_itself(response, response.body().size_hint().exact().is_some())
+            }))
+    {
+        // hyper leaves it out of HTTP/2.
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     if upgrades {
         let status = answered.as_ref().map_or(StatusCode::BAD_GATEWAY, Response::status);
         let upgraded = status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success();
@@ -212,14 +230,18 @@ impl Exchange {
     ) -> Result<(RequestHead, Request<Incoming>), Refused> {
         if let Some((status, details)) = guard::refused(&request) {
             self.entry.request = Some(("-".into(), "-".into(), "HTTP/1.1"));
+            let flag = if strict::is_of_codec(&details) { "DPE" } else { "" };
             self.entry.reason = Some(details);
-            return Err((status, if status == StatusCode::REQUEST_TIMEOUT { "" } else { "DPE" }));
+            return Err((status, flag));
         }
         let (mut parts, body) = request.into_parts();
         let host = parts.headers.remove(HOST);
         let authority = match parts.uri.authority() {
-            // The target's authority wins over Host (RFC 9112, 3.2.2).
-            Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+            // The target's authority wins over Host (RFC 9112, 3.2.2); without who the client says it is.
+            Some(authority) => {
+                let text = authority.as_str();
+                HeaderValue::from_str(text.rsplit_once('@').map_or(text, |(_, host)| host)).ok()
+            }
             None => host,
         };
         let connect = parts.method == Method::CONNECT;
@@ -246,11 +268,13 @@ impl Exchange {
         let connection = &self.from.connection;
         if let Via::Gateway { .. } = connection.via {
             headers::from_outside(&mut parts.headers, connection.source.ip(), connection.scheme());
-            if let Some(certificate) = &connection.client_certificate {
-                parts.headers.insert(headers::X_FORWARDED_CLIENT_CERT, certificate.clone());
-            }
         }
-        headers::prepare(&mut parts.headers);
+        if headers::prepare(&mut parts.headers) {
+            self.from.closes.set(true);
+        }
+        if let Some(certificate) = &connection.client_certificate {
+            parts.headers.insert(headers::X_FORWARDED_CLIENT_CERT, certificate.clone());
+        }
         let protocol = match parts.version {
             Version::HTTP_2 => "HTTP/2",
             Version::HTTP_10 => "HTTP/1.0",
@@ -418,8 +442,11 @@ impl Exchange {
         let said = flags == "DPE" || status == StatusCode::REQUEST_TIMEOUT;
         let text = if said { guard::refusal_text(status) } else { "" };
         let mut response = self.refuse(status, Bytes::from_static(text.as_bytes()), flags);
-        // hyper leaves it out of HTTP/2.
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        // What has no place is well formed.
+        if status != StatusCode::NOT_FOUND {
+            // hyper leaves it out of HTTP/2.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         response
     }
 

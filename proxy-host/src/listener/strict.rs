@@ -20,6 +20,12 @@ pub struct Refusal {
     pub details: &'static str,
 }
 
+/// Whether such details are those of an error of the protocol, and not of what its requests ask.
+#[must_use]
+pub fn is_of_codec(details: &str) -> bool {
+    ![FRAGMENT, NO_HOST, LATE].iter().any(|refusal| refusal.details == details)
+}
+
 const fn refusal(status: u16, details: &'static str) -> Refusal {
     Refusal { status, details }
 }
@@ -27,6 +33,10 @@ const fn refusal(status: u16, details: &'static str) -> Refusal {
 const CODEC: Refusal = refusal(400, "http1.codec_error");
 const CHARACTERS: Refusal = refusal(400, "http1.invalid_characters");
 const URL: Refusal = refusal(400, "http1.invalid_url");
+/// Envoy does not take the part of a URL that is the client's alone; its codec does, so the answer is not the codec's.
+const FRAGMENT: Refusal = refusal(400, "path_normalization_failed");
+const NO_HOST: Refusal = refusal(400, "missing_host_header");
+const NOMINATED: Refusal = refusal(400, "http1.connection_header_rejected");
 const AUTHORITY: Refusal = refusal(400, "http.invalid_authority");
 const BODY: Refusal = refusal(400, "http1.body_disallowed");
 const BOTH: Refusal = refusal(400, "http1.content_length_and_chunked_not_allowed");
@@ -370,7 +380,7 @@ impl Head {
                 return Err(VERSION);
             }
             // HTTP/0.9 had no version.
-            _ if first == last => return Err(VERSION),
+            [_, ..] if first == last => return Err(VERSION),
             _ => return Err(CODEC),
         }
         // The two spaces are the only ones.
@@ -378,17 +388,22 @@ impl Head {
         if target.is_empty() || !all_plain(target, b'!', |b| matches!(b, b'!'..=b'~')) {
             return Err(CODEC);
         }
-        let path = &target[..memchr(b'?', target).unwrap_or(target.len())];
-        if memchr(b'#', target).is_some() || path.iter().any(|b| matches!(b, b'<' | b'>' | b'`')) {
-            return Err(URL);
-        }
         self.connect = method == b"CONNECT";
-        match target {
-            _ if self.connect => is_authority(target).then_some(()).ok_or(URL),
-            [b'/', ..] => Ok(()),
-            b"*" if method == b"OPTIONS" => Ok(()),
-            target => absolute(target),
+        let path = match target {
+            _ if self.connect && is_host(target, true) => target,
+            _ if self.connect => return Err(URL),
+            [b'/', ..] => target,
+            b"*" if method == b"OPTIONS" => target,
+            target => absolute(target)?,
+        };
+        if memchr(b'#', path).is_some() {
+            return Err(FRAGMENT);
         }
+        // What hyper does not take either.
+        let (path, query) = path.split_at(memchr(b'?', path).unwrap_or(path.len()));
+        let refused = path.iter().any(|b| matches!(b, b'<' | b'>' | b'`'))
+            || query.iter().any(|b| matches!(b, b'<' | b'>' | b'"'));
+        if refused { Err(URL) } else { Ok(()) }
     }
 
     fn header(&mut self, text: &[u8], most: usize) -> Result<(), Refusal> {
@@ -406,7 +421,9 @@ impl Head {
             }
             14 if is(b"content-length") => {
                 let digits = std::str::from_utf8(value).ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit()));
-                let length = digits.and_then(|digits| digits.parse().ok()).ok_or(CODEC)?;
+                // The two largest numbers mean something else to hyper.
+                let length =
+                    digits.and_then(|digits| digits.parse().ok()).filter(|n| *n < u64::MAX - 1).ok_or(CODEC)?;
                 if self.length.replace(length).is_some() {
                     return Err(CODEC);
                 }
@@ -418,10 +435,8 @@ impl Head {
             }
             10 if is(b"connection") => {
                 for token in value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
-                    if token.eq_ignore_ascii_case(b"host") {
-                        return Err(CODEC);
-                    }
                     self.connection_upgrade |= token.eq_ignore_ascii_case(b"upgrade");
+                    may_be_named(token)?;
                 }
             }
             // Neither Envoy nor this proxy upgrades to HTTP/2; such a request is one of HTTP/1.1.
@@ -435,7 +450,10 @@ impl Head {
         if self.chunked && self.length.is_some() {
             return Err(BOTH);
         }
-        if self.connect && (self.chunked || self.length.is_some_and(|length| length > 0)) {
+        if self.connect && self.chunked {
+            return Err(ENCODING);
+        }
+        if self.connect && self.length.is_some_and(|length| length > 0) {
             return Err(BODY);
         }
         // It has neither (RFC 9112, 6.1; RFC 9110, 7.8).
@@ -446,8 +464,49 @@ impl Head {
     }
 }
 
-/// Checks a target in absolute form.
-fn absolute(target: &[u8]) -> Result<(), Refusal> {
+/// Whether `Connection` may name this header: none that says where a request goes or came from.
+fn may_be_named(name: &[u8]) -> Result<(), Refusal> {
+    match name {
+        [b':', ..] => Err(NOMINATED),
+        _ if name.eq_ignore_ascii_case(b"host") => Err(NO_HOST),
+        [b'x' | b'X', ..] => {
+            let said = [&b"x-forwarded-for"[..], b"x-forwarded-host", b"x-forwarded-proto"];
+            if said.iter().any(|said| name.eq_ignore_ascii_case(said)) { Err(NOMINATED) } else { Ok(()) }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether this is a host, perhaps with a port, where one is there or `port` says that it has to be.
+fn is_host(text: &[u8], port: bool) -> bool {
+    let (host, rest) = match text {
+        [b'[', ..] => text.split_at(memchr(b']', text).map_or(0, |end| end + 1)),
+        _ => text.split_at(memchr(b':', text).unwrap_or(text.len())),
+    };
+    let plain = match host {
+        [b'[', inside @ .., b']'] => inside.iter().filter(|b| **b == b':').count() < 8 && inside.len() > 1,
+        _ => !host.is_empty() && !host.contains(&b'['),
+    };
+    let is_port = |digits: &[u8]| {
+        std::str::from_utf8(digits)
+            .ok()
+            .filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
+            .is_some_and(|digits| digits.parse::<u16>().is_ok())
+    };
+    let ported = match rest {
+        [] => !port,
+        [b':', digits @ ..] => is_port(digits),
+        _ => false,
+    };
+    plain
+        && ported
+        && is_authority(host)
+        && !host.iter().skip(1).any(|b| *b == b'[')
+        && !host.iter().any(|b| matches!(b, b'%' | b'@'))
+}
+
+/// Checks a target in absolute form; gives what follows its authority.
+fn absolute(target: &[u8]) -> Result<&[u8], Refusal> {
     let prefix = |scheme: &[u8]| {
         target
             .split_at_checked(scheme.len())
@@ -455,8 +514,11 @@ fn absolute(target: &[u8]) -> Result<(), Refusal> {
             .map(|(_, rest)| rest)
     };
     let Some(rest) = prefix(b"http://").or_else(|| prefix(b"https://")) else { return Err(URL) };
-    let end = rest.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(rest.len());
-    if end > 0 && is_authority(&rest[..end]) { Ok(()) } else { Err(URL) }
+    let (authority, path) = rest.split_at(rest.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(rest.len()));
+    // Who the client says it is does not go on.
+    let (user, host) = authority.split_at(memrchr(b'@', authority).map_or(0, |at| at + 1));
+    let is_user = is_authority(user) && !user.iter().any(|b| matches!(b, b'[' | b']'));
+    if is_user && user.iter().filter(|b| **b == b':').count() < 8 && is_host(host, false) { Ok(path) } else { Err(URL) }
 }
 
 #[cfg(test)]

@@ -22,13 +22,20 @@ pub enum Broken {
     /// Of an HTTP/2 stream or its connection. It is its own source, for those who look for it.
     #[error("{0}")]
     Http2(#[from] h2::Error),
+    /// It says twice how long it is.
+    #[error("the length of the answer is ambiguous")]
+    Ambiguous,
 }
 
 impl Broken {
     /// What came is not HTTP.
     #[must_use]
     pub fn is_parse(&self) -> bool {
-        matches!(self, Self::Http1(error) if error.is_parse())
+        match self {
+            Self::Http1(error) => error.is_parse(),
+            Self::Http2(_) => false,
+            Self::Ambiguous => true,
+        }
     }
 
     /// It was the client's body that broke off.

@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ::http::{Request, Response};
+use ::http::{Request, Response, Version};
 use bytes::Bytes;
 use h2::client::SendRequest;
+use http_body::Body as _;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::sync::Notify;
@@ -22,7 +23,7 @@ use super::{
     connect::ConnectError,
     http2, options,
 };
-use crate::{body::RequestBody, exec, replay::Held, stats};
+use crate::{body::RequestBody, exec, headers, replay::Held, stats};
 
 /// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
 #[derive(Default)]
@@ -173,7 +174,13 @@ pub async fn send(
         match sent {
             Ok(response) => {
                 let sender = match sender {
-                    Sender::Http1(sender) => Some(sender),
+                    Sender::Http1(_)
+                        if headers::is_ambiguous(response.headers(), response.body().size_hint().exact().is_some()) =>
+                    {
+                        return Err(SendError::Reset { error: Broken::Ambiguous, address });
+                    }
+                    // To a server that once answered so hyper would speak HTTP/1.0 from now on.
+                    Sender::Http1(sender) => (response.version() != Version::HTTP_10).then_some(sender),
                     Sender::Http2(_) => None,
                 };
                 let lease = Lease {

@@ -265,15 +265,6 @@ fn a_websocket_that_its_origin_closes_is_closed_at_the_client() {
 }
 
 #[test]
-fn a_websocket_outlives_its_half() {
-    let (_proxy, mut client, mut server) = websocket();
-    client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(rest(&mut server), "");
-    server.write_all(b"still here").unwrap();
-    hears(&mut client, "still here");
-}
-
-#[test]
 fn a_websocket_counts_as_a_connection_until_it_ends() {
     let (proxy, client, server) = websocket();
     let mut app = proxy.app;

@@ -10,6 +10,7 @@ mod dns_proxy;
 mod endings;
 mod exchanges;
 mod floods;
+mod framing;
 mod gateway;
 mod h2spec;
 mod http2;
