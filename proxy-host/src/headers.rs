@@ -85,7 +85,7 @@ pub fn prepare(headers: &mut HeaderMap) -> bool {
     if headers.keys().any(is_hop_by_hop) {
         let upgrade = upgrade(headers).cloned();
         let trailers = lists(headers.get_all(TE), "trailers");
-        closes = lists(headers.get_all(PROXY_CONNECTION), "close");
+        closes = self::closes(headers);
         remove_hop_by_hop(headers);
         headers.remove(TE);
         headers.remove("http2-settings");
@@ -125,6 +125,39 @@ pub fn frame(headers: &mut HeaderMap, method: &Method, length: Option<u64>) {
             headers.entry(CONTENT_LENGTH).or_insert_with(|| HeaderValue::from_static("0"));
         }
         _ => {}
+    }
+}
+
+/// Whether a request's connection is to end by a header that hyper does not look at.
+#[must_use]
+pub fn closes(headers: &HeaderMap) -> bool {
+    lists(headers.get_all(PROXY_CONNECTION), "close")
+}
+
+/// Removes what only requests from within may ask of Envoy, by whose defaults there are none.
+pub fn remove_orders(headers: &mut HeaderMap) {
+    if !headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
+        return;
+    }
+    for order in [
+        "expected-rq-timeout-ms",
+        "force-trace",
+        "hedge-on-per-try-timeout",
+        "internal",
+        "ip-tags",
+        "max-retries",
+        "original-url",
+        "retriable-header-names",
+        "retriable-status-codes",
+        "retry-grpc-on",
+        "retry-on",
+        "upstream-alt-stat-name",
+        "upstream-rq-per-try-timeout-ms",
+        "upstream-rq-timeout-alt-response",
+        "upstream-rq-timeout-ms",
+        "upstream-stream-duration-ms",
+    ] {
+        headers.remove(format!("x-envoy-{order}").as_str());
     }
 }
 

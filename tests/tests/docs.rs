@@ -4,8 +4,14 @@ use std::fs;
 
 use portolan_tests::repo;
 
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/findings.md", "tests/conformance/README.md"];
+const DOCUMENTS: [&str; 6] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/envoy.md",
+    "docs/findings.md",
+    "tests/conformance/README.md",
+];
 
 /// Words between backticks that look like a path of this repository.
 fn paths(text: &str) -> impl Iterator<Item = &str> {

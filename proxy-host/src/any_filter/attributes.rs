@@ -7,6 +7,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -15,12 +16,22 @@ use http::StatusCode;
 use super::client::{Peers, flag_names};
 use crate::{
     headers,
+    listener::{
+        guard::{Control, End},
+        strict::Refusal,
+    },
     stats::{Ending, Recorder},
     vm::Properties,
 };
 
 /// The cluster that `--upstream` is.
 pub const UPSTREAM_CLUSTER: &str = "upstream";
+
+/// Envoy's response flags `DC`, `DPE` and `DR`.
+const DISCONNECTED: i64 = 0x4000;
+/// The client's fault, and not that of what it asks.
+pub const PROTOCOL_ERROR: i64 = 0x4_0000;
+const RESET: i64 = 0x1000_0000;
 
 /// A client's connection.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +77,10 @@ pub struct Info {
     pub attempts: Cell<u64>,
     /// Pieces that have moved so far, either way.
     pub moved: Cell<u64>,
+    /// What a request came over; HTTP/2?
+    client: Option<(Arc<Control>, bool)>,
+    /// How the stream ends is not its client's doing.
+    settled: Cell<bool>,
     held: Option<Rc<dyn Any>>,
     recorder: Option<Rc<Recorder>>,
 }
@@ -93,6 +108,8 @@ impl Info {
             upstream: Cell::default(),
             attempts: Cell::default(),
             moved: Cell::default(),
+            client: None,
+            settled: Cell::default(),
             held: None,
             recorder: None,
         }
@@ -112,6 +129,49 @@ impl Info {
         self
     }
 
+    /// Says what a request came over, and whether that is HTTP/2.
+    #[must_use]
+    pub fn over(mut self, control: Arc<Control>, http2: bool) -> Self {
+        self.client = Some((control, http2));
+        self
+    }
+
+    /// How the stream ends is known, and not its client's doing.
+    pub fn settle(&self) {
+        self.settled.set(true);
+    }
+
+    /// Adds one of Envoy's response flags.
+    pub fn flag(&self, flag: i64) {
+        self.flags.set(self.flags.get() | flag);
+    }
+
+    /// Why the client's body under way ended early, where that is its fault.
+    #[must_use]
+    pub fn broken(&self) -> Option<Refusal> {
+        self.client.as_ref().and_then(|(control, _)| control.broken())
+    }
+
+    /// Whether the client has closed its connection.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.client.as_ref().is_some_and(|(control, _)| control.end() == End::Gone)
+    }
+
+    /// A stream that nobody else ended was ended by its client.
+    fn left(&self) {
+        let Some((control, http2)) = self.client.as_ref().filter(|_| !self.settled.get()) else { return };
+        let (flag, details) = match control.end() {
+            _ if let Some(refusal) = control.broken() => (PROTOCOL_ERROR, refusal.details),
+            End::Gone => (DISCONNECTED, "downstream_remote_disconnect"),
+            End::Broken => (PROTOCOL_ERROR, "codec_error"),
+            End::Open if *http2 => (RESET, "http2.remote_reset"),
+            End::Open | End::Stopped => return,
+        };
+        self.flag(flag);
+        self.details.replace(details.to_owned());
+    }
+
     /// Something has moved.
     pub fn touch(&self) {
         self.moved.set(self.moved.get() + 1);
@@ -121,6 +181,7 @@ impl Info {
     pub fn complete(&self) {
         if self.duration.get().is_none() {
             self.duration.set(Some(self.begun.elapsed()));
+            self.left();
         }
     }
 

@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Incoming},
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use super::body::Body;
 use crate::{
     exec::{self, LocalExec},
-    flags,
+    flags, headers,
 };
 
 /// Envoy's default for a cluster.
@@ -42,6 +42,9 @@ pub enum Failure {
     /// The connection ended before the response, or what came was not HTTP.
     #[error("upstream connect error or disconnect/reset before headers. reset reason: {}", reset_reason(.0))]
     Reset(hyper::Error),
+    /// The response says twice how long it is.
+    #[error("upstream connect error or disconnect/reset before headers. reset reason: protocol error")]
+    Ambiguous,
     /// The headers that the filter left make no request.
     #[error("upstream connect error or disconnect/reset before headers. reset reason: protocol error")]
     Request,
@@ -66,6 +69,7 @@ impl Failure {
     pub fn status(&self) -> u16 {
         match self {
             Self::Reset(error) if error.is_parse() => 502,
+            Self::Ambiguous => 502,
             Self::Idle { whole: false } => 408,
             Self::Timeout | Self::Idle { whole: true } => 504,
             _ => 503,
@@ -81,6 +85,7 @@ impl Failure {
             Self::Idle { .. } => (0x1_0000, "SI"),
             Self::Connect(_) | Self::ConnectTimeout => (0x20, "UF"),
             Self::Reset(error) if error.is_parse() => (0x80_0000, "UPE"),
+            Self::Ambiguous => (0x80_0000, "UPE"),
             Self::Reset(_) => (0x40, "UC"),
             Self::Request => (0, "-"),
         }
@@ -104,7 +109,7 @@ impl Failure {
             Self::Reset(error) => {
                 format!("upstream_reset_before_response_started{{{}}}", reset_reason(error).replace(' ', "_"))
             }
-            Self::Request => "upstream_reset_before_response_started{protocol_error}".into(),
+            Self::Request | Self::Ambiguous => "upstream_reset_before_response_started{protocol_error}".into(),
         }
     }
 }
@@ -112,7 +117,20 @@ impl Failure {
 /// The names of response flags that are given as a bit set.
 #[must_use]
 pub fn flag_names(bits: i64) -> &'static str {
-    let known = [(0x2, "UH"), (0x4, "UT"), (0x20, "UF"), (0x40, "UC"), (0x1_0000, "SI"), (0x80_0000, "UPE")];
+    let known = [
+        (0x2, "UH"),
+        (0x4, "UT"),
+        (0x10, "UR"),
+        (0x20, "UF"),
+        (0x40, "UC"),
+        (0x100, "NR"),
+        (0x4000, "DC"),
+        (0x8000, "URX"),
+        (0x1_0000, "SI"),
+        (0x4_0000, "DPE"),
+        (0x80_0000, "UPE"),
+        (0x1000_0000, "DR"),
+    ];
     known.iter().filter(|(bit, _)| bits & bit != 0).fold("", |names, (_, name)| flags::join(names, name))
 }
 
@@ -232,7 +250,7 @@ impl Cluster {
     /// There is no response.
     pub async fn send(self: &Rc<Self>, mut request: Request<Body>, http2: bool) -> Result<Answer, Failure> {
         if http2 {
-            *request.version_mut() = http::Version::HTTP_2;
+            *request.version_mut() = Version::HTTP_2;
         }
         loop {
             let (mut sender, peers, kept) = self.checkout(http2).await?;
@@ -242,8 +260,13 @@ impl Cluster {
             };
             match sent {
                 Ok(response) => {
+                    let known = response.body().size_hint().exact().is_some();
                     let sender = match sender {
-                        Sender::Http1(sender) => Some(sender),
+                        Sender::Http1(_) if headers::is_ambiguous(response.headers(), known) => {
+                            return Err(Failure::Ambiguous);
+                        }
+                        // To a server that once answered so hyper would speak HTTP/1.0 from now on.
+                        Sender::Http1(sender) => (response.version() != Version::HTTP_10).then_some(sender),
                         Sender::Http2(_) => None,
                     };
                     return Ok(Answer { response, lease: Lease { cluster: self.clone(), sender, peers } });

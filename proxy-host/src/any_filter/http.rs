@@ -12,7 +12,7 @@ use std::{cell::Cell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER},
 };
 use hyper::{
     body::{Body as _, Incoming},
@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use super::{
     Proxy,
-    attributes::{Connection, Info},
+    attributes::{Connection, Info, PROTOCOL_ERROR},
     body::{Body, Source},
     client::{Failure, Lease},
     host::{Abort, Step, Stream},
@@ -35,7 +35,7 @@ use crate::{
         http::target,
         rewind::Rewind,
         server::{self, HttpLimits},
-        strict,
+        strict::{self, Refusal},
     },
     vm::{LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
 };
@@ -62,16 +62,16 @@ pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, htt
         async move {
             let held = request.version() != Version::HTTP_2
                 && (request.method() == Method::CONNECT || headers::upgrade(request.headers()).is_some());
-            let refused = guard::refused(&request).is_some();
+            let closes = guard::refused(&request).is_some() || headers::closes(request.headers());
             let old = (request.version() == Version::HTTP_10).then(|| headers::keeps_alive(request.headers()));
-            let mut answered = handle(proxy, connection, request, requests).await;
+            let mut answered = handle(proxy, connection, control.clone(), request, requests).await;
             if held {
                 control.answered(false);
             }
             // A client that took its upgrade for granted must not have its next bytes taken for a request.
             if let Ok(response) = &mut answered
                 && (held
-                    || refused
+                    || closes
                     || old.is_some_and(|kept| {
                         !kept || !headers::ends_by_itself(response, response.body().size_hint().exact().is_some())
                     }))
@@ -97,6 +97,7 @@ struct Exchange {
 async fn handle(
     proxy: Rc<Proxy>,
     connection: Connection,
+    control: Arc<Control>,
     request: Request<Incoming>,
     held: Rc<Cell<u64>>,
 ) -> Result<Response<Body>, Reset> {
@@ -106,7 +107,12 @@ async fn handle(
         _ => "HTTP/1.1",
     };
     let exchange = Exchange {
-        info: Rc::new(Info::new(connection, Some(protocol)).holding(held).counted(proxy.recorder.clone())),
+        info: Rc::new(
+            Info::new(connection, Some(protocol))
+                .over(control, request.version() == Version::HTTP_2)
+                .holding(held)
+                .counted(proxy.recorder.clone()),
+        ),
         http2: request.version() == Version::HTTP_2,
         grpc: headers::is_grpc(request.headers()),
         is_head: *request.method() == Method::HEAD,
@@ -119,8 +125,15 @@ async fn handle(
             let said = status == StatusCode::REQUEST_TIMEOUT || refused.is_some() && strict::is_of_codec(&details);
             let text = if said { guard::refusal_text(status) } else { "" };
             let text = Bytes::from_static(text.as_bytes());
+            if said && status != StatusCode::REQUEST_TIMEOUT {
+                exchange.info.flag(PROTOCOL_ERROR);
+            }
             exchange.info.details.replace(details);
-            let head = exchange.local_head(status, HeaderMap::new(), None, &text);
+            let mut head = exchange.local_head(status, HeaderMap::new(), None, &text);
+            // What has no place is well formed.
+            if status != StatusCode::NOT_FOUND {
+                head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
             return Ok(exchange.send_whole(head, text));
         }
     };
@@ -155,13 +168,23 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
         return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http2.too_many_headers".into()));
     }
     let Some(authority) = authority else { return Err((StatusCode::BAD_REQUEST, "missing_host_header".into())) };
-    if parts.method == Method::CONNECT || parts.headers.contains_key(UPGRADE) {
+    if parts.method == Method::CONNECT {
+        // As Envoy without a route for it.
+        return Err((StatusCode::NOT_FOUND, "route_not_found".into()));
+    }
+    if headers::upgrade(&parts.headers).is_some() {
         // As Envoy without `upgrade_configs`.
         return Err((StatusCode::FORBIDDEN, "upgrade_failed".into()));
     }
+    if parts.uri.path_and_query().is_some_and(|path| !matches!(path.as_str().as_bytes(), [] | [b'/', ..])) {
+        return Err((StatusCode::NOT_FOUND, "absolute_path_rejected".into()));
+    }
     headers::prepare(&mut parts.headers);
+    headers::remove_orders(&mut parts.headers);
     // hyper answers it when the body is wanted.
-    parts.headers.remove(EXPECT);
+    if parts.headers.get(EXPECT).is_some_and(|expected| expected.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        parts.headers.remove(EXPECT);
+    }
     join_lists(&mut parts.headers);
     let path = match parts.uri.path_and_query() {
         Some(path) if !path.as_str().is_empty() => HeaderValue::from_str(path.as_str()).ok(),
@@ -233,7 +256,16 @@ impl Exchange {
         match sent {
             Err(abort) => self.aborted(stream, abort, request).await,
             Ok(Some(Ok((head, source, lease)))) => self.respond(stream, head, source, Some(lease), request).await,
-            Ok(Some(Err(failure))) => self.unanswered(stream, &failure, request).await,
+            Ok(Some(Err(failure))) => {
+                let whole = *seen.borrow();
+                match self.info.broken() {
+                    // It failed because the client's body did.
+                    Some(refusal) if !whole => self.cut_off(stream, refusal, request).await,
+                    // There is nobody to be answered.
+                    None if !whole && self.info.is_gone() => Err(Reset),
+                    _ => self.unanswered(stream, &failure, request).await,
+                }
+            }
             Ok(None) => {
                 let whole = *seen.borrow();
                 self.unanswered(stream, &Failure::Idle { whole }, request).await
@@ -254,9 +286,27 @@ impl Exchange {
         pump: Option<Pump>,
     ) -> Result<Response<Body>, Reset> {
         self.info.details.replace(failure.details());
-        self.info.flags.set(failure.flag().0);
+        self.info.flag(failure.flag().0);
         let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
         self.local(stream, status, HeaderMap::new(), None, Bytes::from(failure.to_string()), pump).await
+    }
+
+    /// Ends a request whose body is broken.
+    async fn cut_off(
+        self,
+        stream: Rc<Stream>,
+        Refusal { status, details }: Refusal,
+        pump: Option<Pump>,
+    ) -> Result<Response<Body>, Reset> {
+        self.info.details.replace(details.to_owned());
+        self.info.flag(PROTOCOL_ERROR);
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
+        let text = Bytes::from_static(guard::refusal_text(status).as_bytes());
+        let mut answered = self.local(stream, status, HeaderMap::new(), None, text, pump).await;
+        if let Ok(response) = &mut answered {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        answered
     }
 
     /// Asks the upstream.
@@ -312,9 +362,15 @@ impl Exchange {
                 let body = Bytes::from_static(b"Payload Too Large");
                 self.local(stream, StatusCode::PAYLOAD_TOO_LARGE, HeaderMap::new(), None, body, pump).await
             }
-            Abort::Close => Err(Reset),
+            Abort::Close => Err(self.reset()),
             Abort::Failed => Ok(self.failed()),
         }
+    }
+
+    /// The filter, and not the client, ends the stream.
+    fn reset(&self) -> Reset {
+        self.info.settle();
+        Reset
     }
 
     /// A response of our own before there is one of the upstream's: it goes through the filter.
@@ -360,7 +416,7 @@ impl Exchange {
                 stream.keep_response(&head);
                 return Ok(self.send_whole(head, body));
             }
-            Err(Abort::TooLarge | Abort::Close) => return Err(Reset),
+            Err(Abort::TooLarge | Abort::Close) => return Err(self.reset()),
             Err(Abort::Failed) => return Ok(self.failed()),
         }
         let head = stream.http(|http| {
@@ -375,6 +431,7 @@ impl Exchange {
             head.headers.insert(SERVER, HeaderValue::from_static("portolan"));
         }
         if end {
+            self.info.settle();
             if let Some(lease) = lease {
                 lease.finish();
             }
@@ -394,6 +451,7 @@ impl Exchange {
     }
 
     fn send_whole(&self, mut head: ResponseHead, body: Bytes) -> Response<Body> {
+        self.info.settle();
         self.info.code.set(head.status.as_u16());
         head.headers.insert(SERVER, HeaderValue::from_static("portolan"));
         let empty = self.is_head || self.grpc;

@@ -79,13 +79,16 @@ pub async fn response_body(
         _ = stream.aborted() => Err(Ended::Broken),
         () = sink.closed() => Err(Ended::Closed),
         () = idle::quiet(silence.time, || Some(stream.info.moved.get())) => {
-            stream.info.flags.set(stream.info.flags.get() | STREAM_IDLE);
+            stream.info.flag(STREAM_IDLE);
             stream.info.details.replace("stream_idle_timeout".into());
             Err(Ended::Silent)
         }
         carried = carry(&stream, StreamType::Response, &mut source, &sink) => carried,
     };
     drop(pump);
+    if !matches!(carried, Err(Ended::Closed)) {
+        stream.info.settle();
+    }
     match carried {
         Ok(()) => {
             if let Some(lease) = lease {

@@ -17,15 +17,18 @@ use tokio::{
 use super::{
     Proxy,
     attributes::{Connection, Info},
-    client::Cluster,
+    client::{Cluster, Failure},
     host::{Abort, Step, Stream},
     pump::LIMIT,
 };
-use crate::idle;
+use crate::idle::{self, Copied, Side};
 use crate::vm::{NetworkState, PeerType, StreamType};
 
 /// The filter state by which a filter chooses another cluster.
 const CLUSTER: &str = "envoy.tcp_proxy.cluster";
+/// Envoy's response flags `UR` and `URX`.
+const UPSTREAM_RESET: i64 = 0x10;
+const GIVEN_UP: i64 = 0x8000;
 /// Read at once.
 const PIECE: usize = 16 * 1024;
 
@@ -76,14 +79,15 @@ async fn carry(proxy: &Proxy, stream: &Stream, client: TcpStream) -> Ended {
     let (upstream, peers) = match cluster.connect().await {
         Ok(connected) => connected,
         Err(failure) => {
-            stream.info.flags.set(failure.flag().0);
+            let given_up = if matches!(failure, Failure::NoEndpoint) { 0 } else { GIVEN_UP };
+            stream.info.flag(failure.flag().0 | given_up);
             return Ended::Local;
         }
     };
     stream.info.upstream.set(Some(peers));
     stream.info.cluster.replace(cluster.name.clone());
     if !stream.wants.downstream_data && !stream.wants.upstream_data && first.is_none() {
-        return plain(from_client, to_client, upstream, proxy.tcp_idle).await;
+        return plain(stream, from_client, to_client, upstream, proxy.tcp_idle).await;
     }
     let (from_upstream, mut to_upstream) = upstream.into_split();
     let down = async {
@@ -102,10 +106,18 @@ async fn carry(proxy: &Proxy, stream: &Stream, client: TcpStream) -> Ended {
     }
 }
 
-async fn plain(from_client: OwnedReadHalf, to_client: OwnedWriteHalf, upstream: TcpStream, time: Duration) -> Ended {
-    if let Ok(client) = from_client.reunite(to_client) {
-        // However it ends, it is over.
-        idle::copy(client, upstream, time).await;
+async fn plain(
+    stream: &Stream,
+    from_client: OwnedReadHalf,
+    to_client: OwnedWriteHalf,
+    upstream: TcpStream,
+    time: Duration,
+) -> Ended {
+    let Ok(client) = from_client.reunite(to_client) else { return Ended::Local };
+    match idle::copy(client, upstream, time).await.0 {
+        Copied::Broken(Side::Client) => return Ended::Remote,
+        Copied::Broken(Side::Upstream) => stream.info.flag(UPSTREAM_RESET),
+        Copied::Whole(_) | Copied::Idle => {}
     }
     Ended::Local
 }
@@ -180,7 +192,10 @@ async fn upstream_to_client(
             // As Envoy: nothing can continue this side, so nothing more comes.
             std::future::pending::<()>().await;
         }
-        let (bytes, end) = piece(&mut upstream, &mut read).await.map_err(|_| Ended::Local)?;
+        let (bytes, end) = piece(&mut upstream, &mut read).await.map_err(|_| {
+            stream.info.flag(UPSTREAM_RESET);
+            Ended::Local
+        })?;
         let step = show(stream, false, bytes, end);
         if end {
             stream.tell(|vm, context| vm.on_upstream_connection_close(context, PeerType::Unknown));

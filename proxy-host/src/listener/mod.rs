@@ -13,6 +13,7 @@ pub mod rewind;
 pub mod server;
 pub mod sniff;
 pub mod strict;
+mod target;
 pub mod tcp;
 pub mod termination;
 pub mod tunnel;

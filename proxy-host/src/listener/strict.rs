@@ -8,7 +8,10 @@
 
 use memchr::{memchr, memrchr};
 
-use super::server::HttpLimits;
+use super::{
+    server::HttpLimits,
+    target::{self, all, with},
+};
 use crate::headers;
 
 /// Why a request is refused.
@@ -276,27 +279,6 @@ fn is_value(byte: u8) -> bool {
 /// The characters of a name (RFC 9110, 5.6.2).
 const TOKEN: [bool; 256] = with(b"!#$%&'*+-.^_`|~");
 
-/// A table of letters, digits and these.
-const fn with(others: &[u8]) -> [bool; 256] {
-    let mut table = [false; 256];
-    let mut byte: u8 = 0;
-    while byte < 128 {
-        table[byte as usize] = byte.is_ascii_alphanumeric();
-        byte += 1;
-    }
-    let mut at = 0;
-    while at < others.len() {
-        table[others[at] as usize] = true;
-        at += 1;
-    }
-    table
-}
-
-/// Whether all bytes are such; looks at all of them, which many at once are faster for than one after the other.
-fn all(text: &[u8], is: impl Fn(u8) -> bool) -> bool {
-    text.iter().fold(true, |all, byte| all & is(*byte))
-}
-
 /// Whether a word of eight bytes has only visible ASCII from `least` (at most 128) on: one look where [`all`] takes eight.
 /// A no may be wrong.
 fn is_plain(word: u64, least: u8) -> bool {
@@ -331,13 +313,6 @@ fn is_framing(name: &[u8]) -> bool {
     [&b"content-length"[..], b"transfer-encoding", b"host", b"connection", b"upgrade"]
         .iter()
         .any(|framing| name.eq_ignore_ascii_case(framing))
-}
-
-/// The bytes an authority may have (RFC 3986, 3.2).
-const AUTHORITY_BYTES: [bool; 256] = with(b"-._~%!$&'()*+,;=:[]@");
-
-fn is_authority(text: &[u8]) -> bool {
-    all(text, |b| AUTHORITY_BYTES[usize::from(b)])
 }
 
 impl Head {
@@ -390,11 +365,11 @@ impl Head {
         }
         self.connect = method == b"CONNECT";
         let path = match target {
-            _ if self.connect && is_host(target, true) => target,
+            _ if self.connect && target::is_host(target, true) => target,
             _ if self.connect => return Err(URL),
             [b'/', ..] => target,
             b"*" if method == b"OPTIONS" => target,
-            target => absolute(target)?,
+            target => target::absolute(target).ok_or(URL)?,
         };
         if memchr(b'#', path).is_some() {
             return Err(FRAGMENT);
@@ -415,7 +390,7 @@ impl Head {
         let is = |other: &[u8]| name.eq_ignore_ascii_case(other);
         match name.len() {
             4 if is(b"host") => {
-                if std::mem::replace(&mut self.host, true) || !is_authority(value) {
+                if std::mem::replace(&mut self.host, true) || !target::is_authority(value) {
                     return Err(AUTHORITY);
                 }
             }
@@ -475,50 +450,6 @@ fn may_be_named(name: &[u8]) -> Result<(), Refusal> {
         }
         _ => Ok(()),
     }
-}
-
-/// Whether this is a host, perhaps with a port, where one is there or `port` says that it has to be.
-fn is_host(text: &[u8], port: bool) -> bool {
-    let (host, rest) = match text {
-        [b'[', ..] => text.split_at(memchr(b']', text).map_or(0, |end| end + 1)),
-        _ => text.split_at(memchr(b':', text).unwrap_or(text.len())),
-    };
-    let plain = match host {
-        [b'[', inside @ .., b']'] => inside.iter().filter(|b| **b == b':').count() < 8 && inside.len() > 1,
-        _ => !host.is_empty() && !host.contains(&b'['),
-    };
-    let is_port = |digits: &[u8]| {
-        std::str::from_utf8(digits)
-            .ok()
-            .filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
-            .is_some_and(|digits| digits.parse::<u16>().is_ok())
-    };
-    let ported = match rest {
-        [] => !port,
-        [b':', digits @ ..] => is_port(digits),
-        _ => false,
-    };
-    plain
-        && ported
-        && is_authority(host)
-        && !host.iter().skip(1).any(|b| *b == b'[')
-        && !host.iter().any(|b| matches!(b, b'%' | b'@'))
-}
-
-/// Checks a target in absolute form; gives what follows its authority.
-fn absolute(target: &[u8]) -> Result<&[u8], Refusal> {
-    let prefix = |scheme: &[u8]| {
-        target
-            .split_at_checked(scheme.len())
-            .filter(|(start, _)| start.eq_ignore_ascii_case(scheme))
-            .map(|(_, rest)| rest)
-    };
-    let Some(rest) = prefix(b"http://").or_else(|| prefix(b"https://")) else { return Err(URL) };
-    let (authority, path) = rest.split_at(rest.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(rest.len()));
-    // Who the client says it is does not go on.
-    let (user, host) = authority.split_at(memrchr(b'@', authority).map_or(0, |at| at + 1));
-    let is_user = is_authority(user) && !user.iter().any(|b| matches!(b, b'[' | b']'));
-    if is_user && user.iter().filter(|b| **b == b':').count() < 8 && is_host(host, false) { Ok(path) } else { Err(URL) }
 }
 
 #[cfg(test)]

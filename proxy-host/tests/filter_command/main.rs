@@ -4,6 +4,7 @@
 mod admin;
 mod calls;
 mod cli;
+mod endings;
 mod go;
 mod http;
 mod network;
