@@ -179,16 +179,54 @@ async fn documents_move_within_a_file() {
     assert_eq!(hosts(&next(&mut source).await.changes), map(&[("d", "d.com"), ("e", "deleted")]));
 }
 
+/// Mounts a version of a ConfigMap, step by step as a kubelet does: a folder of its own, a link to it that takes the place
+/// of the last one's, links to new keys, none to those that are gone, and no last version.
+fn mount(folder: &Folder, version: u32, files: &[(&str, String)]) {
+    use std::os::unix::fs::symlink;
+    for (name, text) in files {
+        folder.write(&format!("..{version}/{name}"), text);
+    }
+    symlink(format!("..{version}"), folder.path("..data_tmp")).unwrap();
+    std::fs::rename(folder.path("..data_tmp"), folder.path("..data")).unwrap();
+    for (name, _) in files {
+        if std::fs::symlink_metadata(folder.path(name)).is_err() {
+            symlink(format!("..data/{name}"), folder.path(name)).unwrap();
+        }
+    }
+    for link in std::fs::read_dir(folder.0.path()).unwrap().map(|entry| entry.unwrap().file_name()) {
+        let name = link.to_str().unwrap();
+        if !name.starts_with("..") && !files.iter().any(|(file, _)| *file == name) {
+            std::fs::remove_file(folder.path(name)).unwrap();
+        }
+    }
+    if version > 1 {
+        std::fs::remove_dir_all(folder.path(&format!("..{}", version - 1))).unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_mounted_config_map_is_followed() {
-    let folder = Folder::new(&[("..1/a.yaml", &entry("x", "x.com")), ("..2/a.yaml", &entry("x", "x2.com"))]);
-    std::os::unix::fs::symlink("..1", folder.path("..data")).unwrap();
-    std::os::unix::fs::symlink("..data/a.yaml", folder.path("a.yaml")).unwrap();
+    let folder = Folder::new(&[]);
+    mount(&folder, 1, &[("a.yaml", entry("x", "x.com"))]);
     let (mut source, loaded) = folder.load();
     assert_eq!(hosts(&loaded.changes), map(&[("x", "x.com")]));
-    std::os::unix::fs::symlink("..2", folder.path("..tmp")).unwrap();
-    std::fs::rename(folder.path("..tmp"), folder.path("..data")).unwrap();
-    assert_eq!(hosts(&next(&mut source).await.changes), map(&[("x", "x2.com")]));
+    let broken = entry("x", "x.com").replace("hosts:", "hosts: [");
+    let versions = [
+        // Changed; with another key; broken, which takes nothing away; mended; with a key less.
+        (vec![("a.yaml", entry("x", "x2.com"))], ("x", "x2.com")),
+        (vec![("a.yaml", entry("x", "x2.com")), ("b.yaml", entry("z", "y.com"))], ("z", "y.com")),
+        (vec![("a.yaml", broken), ("b.yaml", entry("z", "y2.com"))], ("z", "y2.com")),
+        (vec![("a.yaml", entry("x", "x3.com")), ("b.yaml", entry("z", "y2.com"))], ("x", "x3.com")),
+        (vec![("b.yaml", entry("z", "y2.com"))], ("x", "deleted")),
+    ];
+    for (version, (files, change)) in (2..).zip(versions) {
+        mount(&folder, version, &files);
+        let mut seen = BTreeMap::new();
+        // The steps of one version may come in several batches.
+        while seen != map(&[change]) {
+            seen.extend(hosts(&next(&mut source).await.changes));
+        }
+    }
 }
 
 #[tokio::test]
