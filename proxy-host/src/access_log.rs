@@ -368,6 +368,16 @@ impl Entry {
         self.begun.elapsed()
     }
 
+    /// Flag and response code details of a request whose client is at fault that its answer is cut.
+    #[must_use]
+    pub fn fault(&self) -> Option<(&'static str, String)> {
+        let (control, _) = self.client.as_ref()?;
+        match control.broken() {
+            Some(refusal) => Some(("DPE", refusal.details.into())),
+            None => (control.end() == End::Gone).then(|| ("DC", "downstream_remote_disconnect".into())),
+        }
+    }
+
     /// The request is over before its answer was through: says why in Envoy's words, where nothing does so yet.
     pub fn broke_off(&mut self) {
         let Some((control, http2)) = self.client.take().filter(|_| self.reason.is_none()) else { return };

@@ -337,7 +337,9 @@ impl Body for ResponseBody {
                     None => finish(lease, &received),
                     Some(Err(error)) => {
                         lease.take();
-                        let (flag, details) = router::cut(error);
+                        // Where the request broke off, so did the connection that the answer comes over.
+                        let fault = self.entry.fault().filter(|_| !received.is_whole());
+                        let (flag, details) = fault.unwrap_or_else(|| router::cut(error));
                         self.entry.flags = flags::join(self.entry.flags, flag);
                         self.entry.reason = Some(details);
                     }

@@ -7,13 +7,7 @@ use ::http::{
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, Entry, GetAll, TE, TRANSFER_ENCODING, UPGRADE},
 };
 
-/// Whether Envoy takes a request of this method: those that its parser knows; it answers any other with 400.
-#[must_use]
-pub fn is_method(method: &Method) -> bool {
-    is_method_name(method.as_str().as_bytes())
-}
-
-/// The same of a method that has not been read into one.
+/// Whether Envoy takes a request of HTTP/1.1 of this method: those that its parser knows; it answers any other with 400.
 #[must_use]
 pub fn is_method_name(method: &[u8]) -> bool {
     match method.len() {

@@ -161,9 +161,6 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
     if matches!(parts.version, Version::HTTP_10 | Version::HTTP_09) && !limits.http10 {
         return Err((StatusCode::UPGRADE_REQUIRED, "low_version".into()));
     }
-    if !headers::is_method(&parts.method) {
-        return Err((StatusCode::BAD_REQUEST, "http1.codec_error".into()));
-    }
     if parts.headers.len() > limits.headers {
         return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http2.too_many_headers".into()));
     }

@@ -201,7 +201,10 @@ async fn answer(
                 Ok(exchange.refuse_text(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), "DPE"))
             }
             // The client left in the middle of its request: there is nobody to be answered.
-            None if from.control.end() == End::Gone && !exchange.received.is_whole() => Err(Reset),
+            None if from.control.end() == End::Gone && !exchange.received.is_whole() => {
+                exchange.entry.received = exchange.received.bytes();
+                Err(Reset)
+            }
             None => Ok(Box::pin(exchange.shown(|e| e.failed(&failure))).await),
         },
     }
@@ -249,9 +252,7 @@ impl Exchange {
         let path = if path.is_empty() { "/" } else { path };
         let normal = path::normalize(path.as_bytes());
         let shown = |value: Option<&HeaderValue>| value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
-        let refused = if !headers::is_method(&parts.method) {
-            Some((StatusCode::BAD_REQUEST, "DPE", "http1.codec_error"))
-        } else if parts.headers.len() > limits.headers {
+        let refused = if parts.headers.len() > limits.headers {
             Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "DPE", "http2.too_many_headers"))
         } else if authority.is_none() {
             Some((StatusCode::BAD_REQUEST, "", "missing_host_header"))

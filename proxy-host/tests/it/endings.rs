@@ -44,13 +44,26 @@ fn tells(proxy: &Proxy, origin: SocketAddr, ending: &str, details: &str) {
 fn a_client_that_leaves_before_the_answer() {
     let (origin, hears) = mute("");
     let proxy = Proxy::start(origin, "HTTP");
-    for request in [GET, "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 9\r\n\r\nhalf"] {
+    for (request, ending) in
+        [(GET, "0 DC 0 0"), ("POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 9\r\n\r\nhalf", "0 DC 4 0")]
+    {
         let mut client = proxy.connect();
         client.write_all(request.as_bytes()).unwrap();
         hears.recv_timeout(PATIENCE).unwrap();
         drop(client);
-        tells(&proxy, origin, "0 DC", "downstream_remote_disconnect");
+        tells(&proxy, origin, ending, "downstream_remote_disconnect");
     }
+}
+
+#[test]
+fn a_body_that_breaks_within_the_answer() {
+    let (origin, _hears) = mute(HALF);
+    let proxy = Proxy::start(origin, "HTTP");
+    let mut client = proxy.connect();
+    client.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n").unwrap();
+    client.read_exact(&mut [0; 9]).unwrap();
+    client.write_all(b"none\r\n").unwrap();
+    tells(&proxy, origin, "200 DPE 2 4", "http1.codec_error");
 }
 
 #[test]

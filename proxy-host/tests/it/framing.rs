@@ -34,6 +34,18 @@ fn the_body_of_a_get_of_http2_goes_on() {
 }
 
 #[test]
+fn a_method_that_http_1_1_does_not_take_goes_on_from_http2() {
+    let (address, seen) = answering();
+    let proxy = Proxy::start(address, "HTTP");
+    let mut client = raw_http2::Client::connect(proxy.address);
+    let ends = raw_http2::END_STREAM | raw_http2::END_HEADERS;
+    let request = b"\x02\x03FOO\x86\x84\x41\x06a.test";
+    client.send(&raw_http2::frame(raw_http2::HEADERS, ends, 1, request));
+    let head = seen.recv_timeout(PATIENCE).unwrap().head;
+    assert!(head.starts_with("FOO / HTTP/1.1\r\n"), "{head}");
+}
+
+#[test]
 fn a_request_without_a_body_says_so_where_one_is_expected() {
     let (address, seen) = answering();
     let proxy = Proxy::start(address, "HTTP");
