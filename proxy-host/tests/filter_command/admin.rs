@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::filters;
+use crate::modules::filters;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

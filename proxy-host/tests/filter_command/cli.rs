@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use crate::support::filters;
+use crate::modules::filters;
 
 fn run(args: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_proxy-host")).arg("filter").args(args).output().unwrap();

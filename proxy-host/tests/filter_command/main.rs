@@ -7,5 +7,6 @@ mod cli;
 mod endings;
 mod go;
 mod http;
+mod modules;
 mod network;
 mod support;

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Answers each piece with itself and its name, and ends when the client does.
-fn echo(name: &'static str) -> SocketAddr {
+pub fn echo(name: &'static str) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
@@ -37,7 +37,7 @@ fn setup(configuration: &'static str) -> Setup<'static> {
 }
 
 /// Writes each piece, waits for the answer where one is expected, ends its side, and reads to the end.
-fn talk(host: &Host, pieces: &[(&str, usize)]) -> String {
+pub fn talk(host: &Host, pieces: &[(&str, usize)]) -> String {
     let mut stream = TcpStream::connect(host.address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let mut all = Vec::new();

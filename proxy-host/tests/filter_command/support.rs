@@ -20,56 +20,13 @@ use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::runtime::Runtime;
 
+use crate::modules::filters;
+
 /// Longest wait for anything that is certain to come.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
-fn repository() -> PathBuf {
+pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
-
-/// The module with all test filters, built once.
-pub fn filters() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filters");
-        let status = Command::new(env!("CARGO"))
-            .current_dir(repository().join("tests/filters/rust"))
-            .args(["build", "--locked", "--quiet", "--release", "--target", "wasm32-wasip1", "--target-dir"])
-            .arg(&target)
-            .env_remove("RUSTFLAGS")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .status()
-            .expect("cargo starts");
-        assert!(status.success(), "the test filters do not build");
-        target.join("wasm32-wasip1/release/portolan_test_filters.wasm")
-    })
-}
-
-/// The filter in Go, built once; `None` without Go, which is told.
-pub fn go_filter() -> Option<&'static Path> {
-    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let wasm = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go_filter.wasm");
-        let built = Command::new("go")
-            .current_dir(repository().join("tests/filters/go"))
-            .args(["build", "-buildmode=c-shared", "-o"])
-            .arg(&wasm)
-            .arg(".")
-            .env("GOOS", "wasip1")
-            .env("GOARCH", "wasm")
-            .status();
-        match built {
-            Ok(status) => {
-                assert!(status.success(), "the Go filter does not build");
-                Some(wasm)
-            }
-            Err(error) => {
-                skip(&format!("go does not start: {error}"));
-                None
-            }
-        }
-    });
-    built.as_deref()
 }
 
 /// Says that a test cannot run here; where nothing may be skipped, it fails.
