@@ -21,7 +21,7 @@ use crate::{
         strict::Refusal,
     },
     stats::{Ending, Recorder},
-    vm::Properties,
+    vm::{ConnectionState, Properties},
 };
 
 /// The cluster that `--upstream` is.
@@ -82,6 +82,7 @@ pub struct Info {
     /// How the stream ends is not its client's doing.
     settled: Cell<bool>,
     held: Option<Rc<dyn Any>>,
+    shared: Option<Rc<ConnectionState>>,
     recorder: Option<Rc<Recorder>>,
 }
 
@@ -111,6 +112,7 @@ impl Info {
             client: None,
             settled: Cell::default(),
             held: None,
+            shared: None,
             recorder: None,
         }
     }
@@ -119,6 +121,13 @@ impl Info {
     #[must_use]
     pub fn holding(mut self, held: Rc<dyn Any>) -> Self {
         self.held = Some(held);
+        self
+    }
+
+    /// One of several streams that share this with their connection.
+    #[must_use]
+    pub fn sharing(mut self, shared: Rc<ConnectionState>) -> Self {
+        self.shared = Some(shared);
         self
     }
 
@@ -298,5 +307,9 @@ impl Properties for Info {
             [b"xds", name] => self.xds(name),
             _ => None,
         }
+    }
+
+    fn connection(&self) -> Option<&ConnectionState> {
+        self.shared.as_deref()
     }
 }

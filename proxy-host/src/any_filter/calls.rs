@@ -17,10 +17,10 @@ use tokio::sync::mpsc;
 
 use super::{
     body::Body,
-    client::{Cluster, Failure},
+    client::{self, Cluster, Failure},
     outside::Asker,
 };
-use crate::vm::{HttpCall, HttpCallResponse, Pairs, ResponseHead};
+use crate::vm::{self, HttpCall, HttpCallResponse, Pairs, ResponseHead};
 
 /// A gRPC message may be this large.
 const LARGEST: usize = 64 << 20;
@@ -49,6 +49,7 @@ pub async fn http(asker: Asker, cluster: Rc<Cluster>, call: HttpCall) {
             Ok(answer) => {
                 let (mut parts, body) = answer.response.into_parts();
                 let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+                vm::join(&mut parts.headers, vm::once_in_response);
                 parts.headers.insert("x-envoy-upstream-service-time", HeaderValue::from(millis));
                 let (body, trailers) = collect(body).await?;
                 answer.lease.finish();
@@ -69,6 +70,7 @@ pub async fn http(asker: Asker, cluster: Rc<Cluster>, call: HttpCall) {
 
 fn http_request(call: HttpCall) -> Option<Request<Body>> {
     let HttpCall { head, body, trailers, timeout, .. } = call;
+    let method = head.method.clone();
     let mut request = Request::builder()
         .method(head.method)
         .uri(head.path.as_ref().map_or(&b"/"[..], HeaderValue::as_bytes))
@@ -84,6 +86,8 @@ fn http_request(call: HttpCall) -> Option<Request<Body>> {
     }
     if !body.is_empty() {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+    } else if client::tells_no_body(&method) && !headers.contains_key(CONTENT_LENGTH) {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
     }
     // HTTP/1.1 carries no trailers here, as in Envoy.
     drop(trailers);
@@ -138,8 +142,11 @@ impl GrpcTarget {
         let headers = request.headers_mut();
         headers.insert(TE, HeaderValue::from_static("trailers"));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
         if !timeout.is_zero() {
-            let value = format!("{}m", timeout.as_millis());
+            let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(millis));
+            let value = format!("{millis}m");
             headers.extend(HeaderValue::from_str(&value).ok().map(|v| (HeaderName::from_static("grpc-timeout"), v)));
         }
         for (name, value) in &self.metadata {
@@ -252,7 +259,12 @@ impl Messages {
 /// Makes a unary gRPC call.
 pub async fn grpc(asker: Asker, target: GrpcTarget, message: Bytes, timeout: Duration) {
     let exchange = async {
-        let (_, body, only) = target.send(Body::Whole(framed(&message)), timeout).await?;
+        // By a channel, so that no length is told, as Envoy tells none.
+        let (sink, whole) = Body::channel();
+        // There is room for one.
+        let _ = sink.try_send(Ok(Frame::data(framed(&message))));
+        drop(sink);
+        let (_, body, only) = target.send(whole, timeout).await?;
         let mut messages = Messages { body, read: BytesMut::new() };
         let mut response = None;
         let trailers = loop {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response, Version};
+use http::{Method, Request, Response, Version};
 use hyper::{
     body::{Body as _, Incoming},
     client::conn::{http1, http2},
@@ -26,6 +26,12 @@ use crate::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that nobody uses are closed after this time (Envoy's default).
 const IDLE: Duration = Duration::from_secs(3600);
+
+/// Whether a request of this method that has no body says so in HTTP/1.1 (Envoy's codec).
+#[must_use]
+pub fn tells_no_body(method: &Method) -> bool {
+    !matches!(*method, Method::GET | Method::HEAD | Method::DELETE | Method::TRACE | Method::CONNECT)
+}
 
 /// Why there is no response; statuses, texts and flags are those of Envoy's router.
 #[derive(Debug, thiserror::Error)]

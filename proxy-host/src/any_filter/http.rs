@@ -11,7 +11,7 @@ use std::{cell::Cell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SERVER},
 };
 use hyper::{
@@ -24,7 +24,7 @@ use super::{
     Proxy,
     attributes::{Connection, Info, PROTOCOL_ERROR},
     body::{Body, Source},
-    client::{Failure, Lease},
+    client::{self, Failure, Lease},
     host::{Abort, Step, Stream},
     pump::{self, Pump, Silence, note_grpc},
 };
@@ -37,11 +37,14 @@ use crate::{
         server::{self, HttpLimits},
         strict::{self, Refusal},
     },
-    vm::{LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
+    vm::{self, ConnectionState, LocalResponse, MapType, RequestHead, ResponseHead, StreamType},
 };
 
 /// Envoy's default for a route.
 const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Envoy's response flag `NR`.
+const NO_ROUTE: i64 = 0x100;
 
 /// A reset of the stream, said to hyper.
 #[derive(Debug, thiserror::Error)]
@@ -56,15 +59,17 @@ pub async fn serve(proxy: Rc<Proxy>, connection: Connection, client: Rewind, htt
     // Each request under way holds it.
     let requests = Rc::new(Cell::new(0));
     let seen = Rc::downgrade(&requests);
+    let shared = Rc::<ConnectionState>::default();
     let service = service_fn(move |request: Request<Incoming>| {
-        let (proxy, control, requests) = (proxy.clone(), guarded.clone(), requests.clone());
+        let (proxy, control) = (proxy.clone(), guarded.clone());
+        let (requests, shared) = (requests.clone(), shared.clone());
         requests.set(requests.get() + 1);
         async move {
             let held = request.version() != Version::HTTP_2
                 && (request.method() == Method::CONNECT || headers::upgrade(request.headers()).is_some());
             let closes = guard::refused(&request).is_some() || headers::closes(request.headers());
             let old = (request.version() == Version::HTTP_10).then(|| headers::keeps_alive(request.headers()));
-            let mut answered = handle(proxy, connection, control.clone(), request, requests).await;
+            let mut answered = handle(proxy, connection, control.clone(), request, (requests, shared)).await;
             if held {
                 control.answered(false);
             }
@@ -99,20 +104,16 @@ async fn handle(
     connection: Connection,
     control: Arc<Control>,
     request: Request<Incoming>,
-    held: Rc<Cell<u64>>,
+    (held, shared): (Rc<Cell<u64>>, Rc<ConnectionState>),
 ) -> Result<Response<Body>, Reset> {
     let protocol = match request.version() {
         Version::HTTP_2 => "HTTP/2",
         Version::HTTP_10 => "HTTP/1.0",
         _ => "HTTP/1.1",
     };
+    let info = Info::new(connection, Some(protocol)).over(control, request.version() == Version::HTTP_2);
     let exchange = Exchange {
-        info: Rc::new(
-            Info::new(connection, Some(protocol))
-                .over(control, request.version() == Version::HTTP_2)
-                .holding(held)
-                .counted(proxy.recorder.clone()),
-        ),
+        info: Rc::new(info.holding(held).sharing(shared).counted(proxy.recorder.clone())),
         http2: request.version() == Version::HTTP_2,
         grpc: headers::is_grpc(request.headers()),
         is_head: *request.method() == Method::HEAD,
@@ -149,6 +150,7 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
         return Err(refused);
     }
     let (mut parts, body) = request.into_parts();
+    let names: Vec<_> = parts.headers.keys().cloned().collect();
     let host = parts.headers.remove(HOST);
     let authority = match parts.uri.authority() {
         // The target's authority wins over Host (RFC 9112, 3.2.2); without who the client says it is.
@@ -182,7 +184,8 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
     if parts.headers.get(EXPECT).is_some_and(|expected| expected.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         parts.headers.remove(EXPECT);
     }
-    join_lists(&mut parts.headers);
+    in_order(&mut parts.headers, &names);
+    vm::join(&mut parts.headers, vm::once_in_request);
     let path = match parts.uri.path_and_query() {
         Some(path) if !path.as_str().is_empty() => HeaderValue::from_str(path.as_str()).ok(),
         _ => Some(HeaderValue::from_static("/")),
@@ -192,16 +195,17 @@ fn read(request: Request<Incoming>, limits: HttpLimits) -> Result<(RequestHead, 
     Ok((head, body))
 }
 
-/// Envoy keeps the values of these in one header.
-fn join_lists(headers: &mut HeaderMap) {
-    for name in ["x-forwarded-for", "x-forwarded-host", "x-forwarded-client-cert", "via"] {
-        let values: Vec<_> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
-        if let [_, _, ..] = &values[..]
-            && let Ok(joined) = HeaderValue::from_bytes(&values.join(&b","[..]))
-        {
-            headers.insert(name, joined);
+/// Puts headers into the order in which they came: removing one puts the last one in its place.
+fn in_order(headers: &mut HeaderMap, names: &[HeaderName]) {
+    let mut ordered = HeaderMap::with_capacity(headers.keys_len());
+    for name in names.iter().chain(headers.keys()) {
+        if !ordered.contains_key(name) {
+            for value in headers.get_all(name) {
+                ordered.append(name.clone(), value.clone());
+            }
         }
     }
+    *headers = ordered;
 }
 
 impl Exchange {
@@ -231,9 +235,14 @@ impl Exchange {
         }
         let head = stream.http(|http| {
             http.shown.set(MapType::RequestHeaders, false);
-            std::mem::take(&mut http.request)
+            (std::mem::take(&mut http.request), http.route_cleared)
         });
-        let Some(mut head) = head else { return self.aborted(stream, Abort::Failed, None).await };
+        let Some((mut head, rerouted)) = head else { return self.aborted(stream, Abort::Failed, None).await };
+        if rerouted && !is_routable(&head) {
+            self.info.details.replace("route_not_found".to_owned());
+            self.info.flag(NO_ROUTE);
+            return self.local(stream, StatusCode::NOT_FOUND, HeaderMap::new(), None, Bytes::new(), None).await;
+        }
         let timeout = timeout(&mut head.headers);
         stream.keep_request(&head);
         let (complete, completed) = watch::channel(end);
@@ -321,6 +330,9 @@ impl Exchange {
         *request.uri_mut() = target(&head, self.http2).map_err(|_| Failure::Request)?;
         *request.method_mut() = head.method;
         *request.headers_mut() = head.headers;
+        if !self.http2 && request.body().is_end_stream() && client::tells_no_body(request.method()) {
+            request.headers_mut().entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+        }
         if let Some(authority) = head.authority.filter(|_| !self.http2 || request.uri().authority().is_none()) {
             request.headers_mut().insert(HOST, authority);
         }
@@ -338,7 +350,10 @@ impl Exchange {
         let time = self.info.elapsed();
         self.info.backend_latency.set(Some(time));
         let (mut parts, body) = answer.response.into_parts();
+        let names: Vec<_> = parts.headers.keys().cloned().collect();
         headers::remove_hop_by_hop(&mut parts.headers);
+        in_order(&mut parts.headers, &names);
+        vm::join(&mut parts.headers, vm::once_in_response);
         let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         parts.headers.insert("x-envoy-upstream-service-time", HeaderValue::from(millis));
         self.info.details.replace("via_upstream".to_owned());
@@ -507,6 +522,12 @@ fn grpc_message(body: &[u8]) -> Option<HeaderValue> {
 /// Details hold no white space, as in Envoy.
 fn details_of(details: &[u8]) -> String {
     String::from_utf8_lossy(details).replace(char::is_whitespace, "_")
+}
+
+/// Whether a route of Envoy's can take a request whose headers the filter has changed.
+fn is_routable(head: &RequestHead) -> bool {
+    let is_there = |value: &HeaderValue| !value.is_empty();
+    head.path.as_ref().is_some_and(is_there) && head.headers.get("x-forwarded-proto").is_some_and(is_there)
 }
 
 /// Takes the time that the request may take out of its headers, and announces it.

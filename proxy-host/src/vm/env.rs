@@ -1,6 +1,7 @@
 //! What a VM asks of its surroundings.
 
 use super::abi::{LogLevel, Pairs, Status};
+use super::stored::ConnectionState;
 use super::stream::RequestHead;
 use bytes::Bytes;
 use http::HeaderMap;
@@ -174,6 +175,11 @@ pub trait Env {
 pub trait Properties {
     /// The attribute at `path`, if the stream has it.
     fn get(&self, path: &[&[u8]]) -> Option<Cow<'_, [u8]>>;
+
+    /// What streams of the same connection share; `None` where they share nothing.
+    fn connection(&self) -> Option<&ConnectionState> {
+        None
+    }
 }
 
 /// A stream without attributes.

@@ -8,6 +8,7 @@ use super::exports::{self, Exports};
 use super::hostcalls::Expressions;
 use super::shared::{QueueWaker, Shared};
 use super::state::{HostState, PluginConfig, PluginKind, Root};
+use super::stored::{Declarations, Stored};
 use super::stream::{Effect, EffectKind, FilterState, HttpState, NetworkState, Outcome, Stream, StreamKind};
 use bytes::Bytes;
 use std::rc::Rc;
@@ -136,11 +137,12 @@ impl Vm {
             None => exports::find(&instance, &mut store, "_start")?,
         };
         // As Envoy: a reactor's `main`, where there is one, configures its SDK. A `main` of another type is not meant.
-        let main = match &start {
-            Some(_) if instance.get_func(&mut store, "_initialize").is_some() => {
-                exports::find::<(u32, u32), u32>(&instance, &mut store, "main").ok().flatten()
-            }
-            _ => None,
+        let is_reactor = instance.get_func(&mut store, "_initialize").is_some();
+        let (main, main_void) = if is_reactor {
+            let main = exports::find::<(u32, u32), u32>(&instance, &mut store, "main").ok().flatten();
+            (main, exports::find::<(), u32>(&instance, &mut store, "__main_void").ok().flatten())
+        } else {
+            (None, None)
         };
         let state = store.data_mut();
         state.memory = Some(memory);
@@ -148,7 +150,10 @@ impl Vm {
 
         let mut vm = Self { instance: Instance { store, ticks: limits.ticks(), dead: false }, exports };
         vm.instance.call_opt("_initialize", ContextId(0), start.as_ref(), ())?;
-        vm.instance.call_opt("main", ContextId(0), main.as_ref(), (0, 0))?;
+        match main {
+            Some(_) => vm.instance.call_opt("main", ContextId(0), main.as_ref(), (0, 0))?,
+            None => vm.instance.call_opt("__main_void", ContextId(0), main_void.as_ref(), ())?,
+        };
         for plugin in plugins {
             vm.start_root(plugin)?;
         }
@@ -162,7 +167,8 @@ impl Vm {
         let state = self.instance.store.data_mut();
         let vm_len = len(&state.vm_configuration);
         let id = state.new_context();
-        state.roots.push(Root { id, plugin, expressions: Expressions::default() });
+        let (expressions, declared) = (Expressions::default(), Declarations::default());
+        state.roots.push(Root { id, plugin, expressions, declared });
 
         let (vm, exports) = (&mut self.instance, &self.exports);
         vm.call_opt("proxy_on_context_create", id, exports.context_create.as_ref(), (id.0, 0))?;
@@ -259,8 +265,8 @@ impl Vm {
     fn create(&mut self, root: ContextId, kind: StreamKind, properties: Rc<dyn Properties>) -> Result<ContextId, Trap> {
         let state = self.instance.store.data_mut();
         let id = state.new_context();
-        let filter_state = FilterState::default();
-        let stream = Stream { root, properties, filter_state, own_properties: Vec::new(), kind, draining: false };
+        let (stored, declared) = (Stored::default(), Declarations::default());
+        let stream = Stream { root, properties, stored, declared, kind, draining: false };
         state.streams.insert(id.0, Box::new(stream));
         let created =
             self.instance.call_opt("proxy_on_context_create", id, self.exports.context_create.as_ref(), (id.0, root.0));
@@ -294,13 +300,12 @@ impl Vm {
 
     /// What the guest stored for the host to act on.
     pub fn filter_state(&mut self, context: ContextId) -> Option<&mut FilterState> {
-        self.stream(context).map(|stream| &mut stream.filter_state)
+        self.stream(context).map(|stream| &mut stream.stored.filter_state)
     }
 
     /// A property that the guest set on the stream, by its whole path.
     pub fn own_property(&mut self, context: ContextId, path: &[u8]) -> Option<Bytes> {
-        let own = &self.stream(context)?.own_properties;
-        own.iter().find(|(key, _)| key == path).map(|(_, value)| value.clone())
+        self.stream(context)?.stored.property(path).map(|property| property.value().clone())
     }
 
     fn stream(&mut self, context: ContextId) -> Option<&mut Stream> {

@@ -23,12 +23,14 @@ mod env;
 mod error;
 mod exports;
 mod hostcalls;
+mod inline;
 mod instance;
 mod memory;
 mod metrics;
 mod settings;
 mod shared;
 mod state;
+mod stored;
 mod stream;
 
 pub use abi::{BufferType, LogLevel, MapType, MetricKind, Pairs, PeerType, Status, StreamType};
@@ -36,10 +38,12 @@ pub use callbacks::HttpCallResponse;
 pub use engine::{Engine, Limits};
 pub use env::{CallToken, ContextId, Env, GrpcRequest, HttpCall, Properties};
 pub use error::{EngineError, StartError, Trap, TrapKind};
+pub use inline::{join, once_in_request, once_in_response};
 pub use instance::{Vm, VmConfig, Wants};
 pub use metrics::{BUCKETS, MetricValue, Metrics};
 pub use shared::{QueueWaker, Shared};
 pub use state::{PluginConfig, PluginKind};
+pub use stored::ConnectionState;
 pub use stream::{
     Effect, EffectKind, FilterState, HttpState, LocalResponse, NetworkState, Outcome, RequestHead, ResponseHead, Shown,
 };

@@ -5,6 +5,7 @@ use super::env::{CallToken, ContextId, Env};
 use super::hostcalls::Expressions;
 use super::metrics::MetricTable;
 use super::shared::{QueueWaker, Shared};
+use super::stored::Declarations;
 use super::stream::{Effect, EffectKind, HttpState, NetworkState, ResponseHead, Stream, StreamKind};
 use bytes::Bytes;
 use http::HeaderMap;
@@ -80,6 +81,8 @@ pub(super) struct Root {
     pub(super) plugin: PluginConfig,
     /// What it compiled by `expr_create`.
     pub(super) expressions: Expressions,
+    /// What it declared by `declare_property`.
+    pub(super) declared: Declarations,
 }
 
 /// A call that is under way.
@@ -240,13 +243,18 @@ impl HostState {
 
     /// The root context of the effective context.
     pub(super) fn root(&self) -> Option<&Root> {
-        let id = self.streams.get(&self.effective).map_or(self.effective, |stream| stream.root.0);
+        self.root_of(self.effective)
+    }
+
+    /// The root context of a context, or that context itself.
+    pub(super) fn root_of(&self, context: u32) -> Option<&Root> {
+        let id = self.streams.get(&context).map_or(context, |stream| stream.root.0);
         self.roots.iter().find(|root| root.id.0 == id)
     }
 
-    /// As [`HostState::root`], to be changed.
-    pub(super) fn root_mut(&mut self) -> Option<&mut Root> {
-        let id = self.streams.get(&self.effective).map_or(self.effective, |stream| stream.root.0);
+    /// As [`HostState::root_of`], to be changed.
+    pub(super) fn root_of_mut(&mut self, context: u32) -> Option<&mut Root> {
+        let id = self.streams.get(&context).map_or(context, |stream| stream.root.0);
         self.roots.iter_mut().find(|root| root.id.0 == id)
     }
 

@@ -2,6 +2,7 @@
 
 use super::abi::{MapType, Status, StreamType};
 use super::env::{ContextId, Properties};
+use super::stored::{Declarations, Stored};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use std::rc::Rc;
@@ -28,6 +29,27 @@ pub struct ResponseHead {
     pub status: StatusCode,
     /// All other headers.
     pub headers: HeaderMap,
+}
+
+impl RequestHead {
+    /// The pseudo headers, as far as there are any.
+    pub(super) fn pseudo(&self) -> impl Iterator<Item = (&[u8], &[u8])> + Clone {
+        [
+            self.authority.as_ref().map(|value| (&b":authority"[..], value.as_bytes())),
+            self.path.as_ref().map(|value| (&b":path"[..], value.as_bytes())),
+            Some((&b":method"[..], self.method.as_str().as_bytes())),
+            self.scheme.as_ref().map(|value| (&b":scheme"[..], value.as_bytes())),
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
+impl ResponseHead {
+    /// The one pseudo header.
+    pub(super) fn pseudo(&self) -> impl Iterator<Item = (&[u8], &[u8])> + Clone {
+        std::iter::once((&b":status"[..], self.status.as_str().as_bytes()))
+    }
 }
 
 /// One HTTP stream. The embedder moves each part in before its callback and takes it out when the callback said
@@ -190,9 +212,10 @@ pub enum EffectKind {
 pub(super) struct Stream {
     pub(super) root: ContextId,
     pub(super) properties: Rc<dyn Properties>,
-    pub(super) filter_state: FilterState,
-    /// Written by `proxy_set_property`, by the path as it came.
-    pub(super) own_properties: Vec<(Bytes, Bytes)>,
+    /// Written by `proxy_set_property`, by the path as it came, and by `set_envoy_filter_state`.
+    pub(super) stored: Stored,
+    /// Declared in place of the root context's, to no effect, as in Envoy.
+    pub(super) declared: Declarations,
     pub(super) kind: StreamKind,
     /// `proxy_on_done` said no: deleted once the guest calls `proxy_done`.
     pub(super) draining: bool,
@@ -225,7 +248,8 @@ pub(super) fn request_head(pairs: &[(&[u8], &[u8])]) -> Option<RequestHead> {
         match name {
             b":method" => head.method = Method::from_bytes(value).ok()?,
             b":path" => head.path = Some(parsed?),
-            b":authority" => head.authority = Some(parsed?),
+            // As Envoy, which has one header for both.
+            b":authority" | b"host" | b"Host" => head.authority = Some(parsed?),
             b":scheme" => head.scheme = Some(parsed?),
             _ => {
                 head.headers.try_append(HeaderName::from_bytes(name).ok()?, parsed?).ok()?;

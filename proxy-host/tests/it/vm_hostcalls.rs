@@ -298,8 +298,8 @@ fn a_local_response_with_an_impossible_status_is_a_bad_argument() {
 
 #[test]
 fn foreign_functions_steer_the_route() {
-    // SetEnvoyFilterStateArguments { path: "key", value: "val", span: 1 }
-    let data = "clear_route_cacheset_envoy_filter_state\\0a\\03key\\12\\03val\\18\\01echonope";
+    // SetEnvoyFilterStateArguments { path: "envoy.string", value: "val", span: 1 }
+    let data = "clear_route_cacheset_envoy_filter_state\\0a\\0cenvoy.string\\12\\03val\\18\\01echonope";
     let foreign = |name: u32, len: u32, at: u32, at_len: u32| {
         format!(
             "(call $foreign (i32.const {name}) (i32.const {len}) (i32.const {at}) (i32.const {at_len})
@@ -309,8 +309,8 @@ fn foreign_functions_steer_the_route() {
     let body = format!(
         "(call $say {}) (call $say {}) (call $say {}) (call $say {})",
         foreign(1024, 17, 0, 0),
-        foreign(1041, 22, 1063, 12),
-        foreign(1079, 4, 0, 0),
+        foreign(1041, 22, 1063, 21),
+        foreign(1088, 4, 0, 0),
         foreign(1041, 22, 1024, 5),
     );
     let mut rig = start(&on_request(&body, data));
@@ -319,7 +319,7 @@ fn foreign_functions_steer_the_route() {
     assert_eq!(rig.words(), [0, 0, 1, 2]);
     assert!(rig.vm.http(stream).expect("the stream").route_cleared);
     let state = rig.vm.filter_state(stream).expect("the stream");
-    assert_eq!(state.get("key").map(|value| &value[..]), Some(&b"val"[..]));
+    assert_eq!(state.get("envoy.string").map(|value| &value[..]), Some(&b"val"[..]));
 }
 
 #[test]
@@ -575,6 +575,6 @@ fn maps_that_are_not_shown_cannot_be_reached_and_the_log_only_reads() {
     assert_eq!(rig.words(), [2, 2]);
     rig.vm.http(stream).expect("the stream").shown.set(MapType::RequestHeaders, true);
     rig.vm.finish(stream).expect("no trap");
-    // Not to be changed (1), and logged before it is done.
-    assert_eq!(rig.words(), [0, 1, 9]);
+    // As Envoy: not to be changed (2), and logged before it is done.
+    assert_eq!(rig.words(), [0, 2, 9]);
 }

@@ -36,8 +36,33 @@ fn a_trap_is_an_error_and_the_vm_is_dead() {
 }
 
 #[test]
-fn an_unknown_import_traps_only_when_it_is_called() {
-    assert_eq!(kind_of("(call $unknown)"), TrapKind::Guest);
+fn a_module_that_imports_what_there_is_not_does_not_load() {
+    let link = |import: &str, version: &str| {
+        let module = format!(
+            r#"(module {import} (memory (export "memory") 1) (func (export "proxy_abi_version_{version}"))
+                 (func (export "malloc") (param i32) (result i32) (i32.const 1024)))"#
+        );
+        Engine::compile(&wat::parse_str(module).expect("valid WAT")).map(|_| ())
+    };
+    let level = r#"(import "env" "proxy_get_log_level" (func (param i32) (result i32)))"#;
+    for import in [
+        level,
+        r#"(import "env" "emscripten_notify_memory_growth" (func (param i32)))"#,
+        r#"(import "env" "pthread_equal" (func (param i32 i32) (result i32)))"#,
+        r#"(import "wasi_unstable" "environ_sizes_get" (func (param i32 i32) (result i32)))"#,
+        r#"(import "wasi_snapshot_preview1" "fd_readdir" (func (param i32 i32 i32 i64 i32) (result i32)))"#,
+    ] {
+        assert!(link(import, "0_2_1").is_ok(), "{import}");
+    }
+    for (import, version) in [
+        (level, "0_2_0"),
+        (r#"(import "env" "proxy_nothing" (func))"#, "0_2_1"),
+        (r#"(import "env" "proxy_get_configuration" (func (param i32 i32) (result i32)))"#, "0_2_1"),
+        (r#"(import "other" "nothing" (func))"#, "0_2_1"),
+        (r#"(import "wasi_snapshot_preview1" "sock_open" (func (param i32) (result i32)))"#, "0_2_1"),
+    ] {
+        assert!(matches!(link(import, version), Err(EngineError::Link(_))), "{import} of {version}");
+    }
 }
 
 /// Runs one callback of a guest that traps in it, and in nothing else.

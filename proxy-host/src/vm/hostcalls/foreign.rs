@@ -2,7 +2,9 @@
 
 use super::{ENV, HostState, expression, signature};
 use crate::vm::abi::Status;
-use crate::vm::memory::{Fault, finish, give, read, read_str, split};
+use crate::vm::memory::{Fault, finish, give, read, read_str, split, write_u32};
+use crate::vm::stored::{self, Declared, WITH_CONNECTION};
+use crate::vm::stream::Stream;
 use flate2::{Compression, bufread::ZlibDecoder, write::ZlibEncoder};
 use prost::Message;
 use std::io::{Read as _, Write as _};
@@ -19,14 +21,15 @@ pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
     Ok(())
 }
 
-/// Envoy's `envoy.source.extensions.common.wasm.SetEnvoyFilterStateArguments`. How long the value lives (field 3) does
-/// not matter here: a stream's values live as long as the stream.
+/// Envoy's `envoy.source.extensions.common.wasm.SetEnvoyFilterStateArguments`.
 #[derive(Clone, PartialEq, Message)]
 struct SetEnvoyFilterState {
     #[prost(string, tag = "1")]
     path: String,
     #[prost(bytes = "bytes", tag = "2")]
     value: bytes::Bytes,
+    #[prost(int32, tag = "3")]
+    span: i32,
 }
 
 fn call(
@@ -39,35 +42,70 @@ fn call(
     let (memory, state) = split(&mut caller)?;
     let name = read_str(memory, name, name_len)?;
     let arguments = read(memory, at, len)?;
-    let result = match name {
+    // As Envoy: what there is no function for leaves the guest's pointers alone.
+    let Some(result) = run(state, name, arguments) else { return Err(Status::NotFound.into()) };
+    match result {
+        Ok(result) if to != 0 && !result.is_empty() => give(&mut caller, &result, to, to_len),
+        result => {
+            // A guest that does not want the result may still want its length.
+            let size = result.as_ref().map_or(0, |result| if to == 0 { result.len() } else { 0 });
+            for (to, value) in [(to, 0), (to_len, u32::try_from(size).unwrap_or(u32::MAX))] {
+                if to != 0 {
+                    write_u32(memory, to, value)?;
+                }
+            }
+            Ok(result.map(|_| ())?)
+        }
+    }
+}
+
+/// What a function comes to; `None` where there is none of that name.
+fn run(state: &mut HostState, name: &str, arguments: &[u8]) -> Option<Result<Vec<u8>, Status>> {
+    let nothing = |done: Result<(), Status>| done.map(|()| Vec::new());
+    Some(match name {
         "clear_route_cache" => {
-            state.http().ok_or(Status::BadArgument)?.route_cleared = true;
-            Vec::new()
+            // As Envoy: no mistake where there is no route.
+            if let Some(http) = state.http() {
+                http.route_cleared = true;
+            }
+            Ok(Vec::new())
         }
-        "set_envoy_filter_state" => {
-            let set = SetEnvoyFilterState::decode(arguments).map_err(|_| Status::BadArgument)?;
-            state.stream().ok_or(Status::BadArgument)?.filter_state.set(set.path, set.value);
-            Vec::new()
-        }
-        "compress" => compress(arguments)?,
-        "uncompress" => uncompress(arguments)?,
-        // A property that is set is readable as it is, whatever it was declared to be.
-        "declare_property" => Vec::new(),
-        "verify_signature" => signature::verify(arguments)?,
-        "sign" => signature::sign(arguments)?,
-        "expr_create" => {
-            let arguments = arguments.to_vec();
-            expression::create(state, &arguments)?
-        }
-        "expr_evaluate" => expression::evaluate(state, arguments)?,
-        "expr_delete" => {
-            let arguments = arguments.to_vec();
-            expression::delete(state, &arguments)?
-        }
-        _ => state.env.foreign(name, arguments)?,
-    };
-    // As Envoy: no result leaves the guest's pointers alone.
-    if result.is_empty() { Ok(()) } else { give(&mut caller, &result, to, to_len) }
+        "set_envoy_filter_state" => nothing(set_filter_state(state, arguments)),
+        "compress" => compress(arguments),
+        "uncompress" => uncompress(arguments),
+        "declare_property" => nothing(declare(state, arguments)),
+        "verify_signature" => signature::verify(arguments),
+        "sign" => signature::sign(arguments),
+        "expr_create" => expression::create(state, arguments),
+        "expr_evaluate" => expression::evaluate(state, arguments),
+        "expr_delete" => expression::delete(state, arguments),
+        _ => match state.env.foreign(name, arguments) {
+            Err(Status::NotFound) => return None,
+            result => result,
+        },
+    })
+}
+
+fn set_filter_state(state: &mut HostState, arguments: &[u8]) -> Result<(), Status> {
+    let SetEnvoyFilterState { path, value, span } =
+        SetEnvoyFilterState::decode(arguments).map_err(|_| Status::BadArgument)?;
+    stored::check(&path, &value)?;
+    let Stream { stored, properties, .. } = state.stream().ok_or(Status::NotFound)?;
+    match properties.connection().filter(|_| span == WITH_CONNECTION) {
+        Some(connection) => connection.0.borrow_mut().filter_state.set(path, value),
+        None => stored.filter_state.set(path, value),
+    }
+    Ok(())
+}
+
+/// As Envoy: only what a root context declares is heeded, and of what context is asked the current one.
+fn declare(state: &mut HostState, arguments: &[u8]) -> Result<(), Status> {
+    let declared = Declared::decode(arguments)?;
+    let current = state.current;
+    match state.streams.get_mut(&current) {
+        Some(stream) => stream.declared.declare(declared),
+        None => state.root_of_mut(current).ok_or(Status::BadArgument)?.declared.declare(declared),
+    }
 }
 
 /// What `uncompress` gives at most, in bytes: a few bytes must not fill the host's memory.

@@ -5,13 +5,15 @@ use crate::vm::abi::LogLevel;
 use crate::vm::memory::{Fault, finish, read, split, write_u32};
 use wasmtime::{Caller, Linker};
 
-pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
+pub(super) fn link(linker: &mut Linker<HostState>, with_level: bool) -> wasmtime::Result<()> {
     linker.func_wrap(ENV, "proxy_log", |caller: Caller<'_, HostState>, level: u32, at: u32, len: u32| {
         finish(log(caller, level, at, len))
     })?;
-    linker.func_wrap(ENV, "proxy_get_log_level", |caller: Caller<'_, HostState>, to: u32| {
-        finish(log_level(caller, to))
-    })?;
+    if with_level {
+        linker.func_wrap(ENV, "proxy_get_log_level", |caller: Caller<'_, HostState>, to: u32| {
+            finish(log_level(caller, to))
+        })?;
+    }
     Ok(())
 }
 

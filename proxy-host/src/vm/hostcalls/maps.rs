@@ -2,9 +2,11 @@
 
 use super::{ENV, HostState};
 use crate::vm::abi::{MapType, Pairs, Status, read_pairs, write_pairs};
+use crate::vm::inline::{once_in_request, once_in_response};
 use crate::vm::memory::{Fault, finish, give_with, read, split, write_u32};
 use crate::vm::stream::{RequestHead, ResponseHead, header_map, request_head};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use std::borrow::Cow;
 use wasmtime::{Caller, Linker};
 
 pub(super) fn link(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
@@ -73,7 +75,8 @@ fn map(state: &mut HostState, kind: MapType, change: bool) -> Result<Map<'_>, St
         && is_stream_map(kind)
         && !(if change { http.shown.writes(kind) } else { http.shown.reads(kind) })
     {
-        return Err(http.shown.refusal());
+        // As Envoy: what is gone by the log callback is no mistake of a reader's, but one of a writer's.
+        return Err(if change { Status::BadArgument } else { http.shown.refusal() });
     }
     let delivery = match kind {
         MapType::CallResponseHeaders => state.delivery.http.as_mut().map(|http| Map::Response(&mut http.head)),
@@ -140,6 +143,33 @@ impl Map<'_> {
             .chain(metadata.iter().map(|(name, value)| (&name[..], &value[..])))
     }
 
+    /// The name under which this map holds what a guest calls `name`: without capitals, and a request's `host` is its
+    /// `:authority`, as in Envoy.
+    fn name<'n>(&self, name: &'n [u8]) -> Cow<'n, [u8]> {
+        if matches!(self, Map::Request(_)) && name.eq_ignore_ascii_case(b"host") {
+            return Cow::Borrowed(b":authority");
+        }
+        match name {
+            [b':', rest @ ..] if rest.iter().any(u8::is_ascii_uppercase) => Cow::Owned(name.to_ascii_lowercase()),
+            name => Cow::Borrowed(name),
+        }
+    }
+
+    /// Whether this map holds only one header of that name.
+    fn once(&self, name: &str) -> bool {
+        match self {
+            Map::Request(_) => once_in_request(name),
+            Map::Response(_) => once_in_response(name),
+            Map::Plain(_) | Map::Metadata(_) => false,
+        }
+    }
+
+    /// The value of a pseudo header with another behind it.
+    fn joined_pseudo(&self, name: &[u8], value: &[u8]) -> Option<Vec<u8>> {
+        let (_, have) = self.pairs().find(|(have, _)| *have == name)?;
+        Some([have, value].join(&b','))
+    }
+
     fn set_pseudo(&mut self, name: &[u8], value: Option<&[u8]>) -> Result<(), Status> {
         let parsed = value.map(HeaderValue::from_bytes).transpose().map_err(|_| Status::BadArgument)?;
         match (self, name) {
@@ -170,10 +200,11 @@ fn size(mut caller: Caller<'_, HostState>, kind: u32, to: u32) -> Result<(), Fau
 fn pairs(mut caller: Caller<'_, HostState>, kind: u32, to: u32, to_len: u32) -> Result<(), Fault> {
     let kind = MapType::from_abi(kind)?;
     give_with(&mut caller, to, to_len, |_, state, out| {
-        // As Envoy: a map that is not there has no pairs.
-        match map(state, kind, false) {
-            Ok(map) => write_pairs(out, || map.pairs()),
-            Err(_) => write_pairs(out, std::iter::empty),
+        // As Envoy: a map that is empty or not there is no bytes at all.
+        if let Ok(map) = map(state, kind, false)
+            && map.pairs().next().is_some()
+        {
+            write_pairs(out, || map.pairs());
         }
         Ok(())
     })
@@ -216,11 +247,17 @@ fn value(
     give_with(&mut caller, to, to_len, |memory, state, out| {
         let key = read(memory, key, key_len)?;
         let map = map(state, kind, false)?;
+        let key = &*map.name(key);
         let found = match map.headers() {
             Some(headers) if !key.starts_with(b":") => {
                 // A name that is not text cannot be in the map.
                 let name = std::str::from_utf8(key).map_err(|_| Status::NotFound)?;
-                let all = JOINED.iter().any(|joined| joined.eq_ignore_ascii_case(name));
+                let joined = match &map {
+                    Map::Request(_) => &JOINED[..],
+                    Map::Response(_) => &JOINED[1..2],
+                    _ => &[],
+                };
+                let all = joined.iter().any(|joined| joined.eq_ignore_ascii_case(name));
                 let values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
                 join(out, values.take(if all { usize::MAX } else { 1 }))
             }
@@ -240,6 +277,11 @@ fn join<'a>(out: &mut Vec<u8>, values: impl Iterator<Item = &'a [u8]>) -> bool {
         out.extend_from_slice(value);
     }
     found
+}
+
+fn joined(first: &HeaderValue, second: &HeaderValue) -> Result<HeaderValue, Status> {
+    let both = [first.as_bytes(), second.as_bytes()].join(&b',');
+    HeaderValue::from_bytes(&both).map_err(|_| Status::BadArgument)
 }
 
 fn changeable(kind: u32) -> Result<MapType, Status> {
@@ -264,11 +306,13 @@ fn edit(
     let key = read(memory, key, key_len)?;
     let value = value.map(|(at, len)| read(memory, at, len)).transpose()?;
     let mut map = map(state, kind, true)?;
+    let key = &*map.name(key);
     if key.starts_with(b":") {
-        return Ok(map.set_pseudo(key, value)?);
+        let joined = value.filter(|_| how == Edit::Add).and_then(|value| map.joined_pseudo(key, value));
+        return Ok(map.set_pseudo(key, joined.as_deref().or(value))?);
     }
-    let headers = map.headers_mut().ok_or(Status::BadArgument)?;
     let Some(value) = value else {
+        let headers = map.headers_mut().ok_or(Status::BadArgument)?;
         if let Ok(name) = std::str::from_utf8(key) {
             headers.remove(name);
         }
@@ -276,6 +320,12 @@ fn edit(
     };
     let name = HeaderName::from_bytes(key).map_err(|_| Status::BadArgument)?;
     let value = HeaderValue::from_bytes(value).map_err(|_| Status::BadArgument)?;
+    let once = how == Edit::Add && map.once(name.as_str());
+    let headers = map.headers_mut().ok_or(Status::BadArgument)?;
+    if once && let Some(have) = headers.get_mut(&name) {
+        *have = joined(have, &value)?;
+        return Ok(());
+    }
     let done = match how {
         Edit::Add => headers.try_append(name, value).map(|_| ()),
         _ => headers.try_insert(name, value).map(|_| ()),

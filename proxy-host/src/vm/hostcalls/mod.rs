@@ -23,9 +23,10 @@ use wasmtime::{Linker, Module};
 /// Module name of the proxy-wasm functions.
 const ENV: &str = "env";
 
-/// Links every hostcall, and stand-ins for the rest of what `module` imports.
+/// Links every hostcall. As in Envoy, a module that imports anything else does not load: `proxy_get_log_level` is of ABI
+/// 0.2.1, and names outside WASI and this ABI are nobody's.
 pub(super) fn link(linker: &mut Linker<HostState>, module: &Module) -> wasmtime::Result<()> {
-    log::link(linker)?;
+    log::link(linker, module.get_export("proxy_abi_version_0_2_1").is_some())?;
     buffers::link(linker)?;
     maps::link(linker)?;
     properties::link(linker)?;
@@ -37,5 +38,8 @@ pub(super) fn link(linker: &mut Linker<HostState>, module: &Module) -> wasmtime:
     grpc::link(linker)?;
     foreign::link(linker)?;
     wasi::link(linker, module)?;
-    linker.define_unknown_imports_as_traps(module)
+    // What Emscripten's runtime, and with it the C++ SDK, needs beside the ABI.
+    linker.func_wrap(ENV, "emscripten_notify_memory_growth", |_: u32| ())?;
+    linker.func_wrap(ENV, "pthread_equal", |one: u32, other: u32| u32::from(one == other))?;
+    Ok(())
 }

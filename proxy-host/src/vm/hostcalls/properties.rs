@@ -3,7 +3,8 @@
 use super::{ENV, HostState};
 use crate::vm::abi::{MapType, Status, write_pairs};
 use crate::vm::memory::{Fault, finish, give_with, read, split};
-use crate::vm::stream::{HttpState, StreamKind};
+use crate::vm::stored::{self, Property};
+use crate::vm::stream::{HttpState, Stream, StreamKind};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use wasmtime::{Caller, Linker};
@@ -43,12 +44,19 @@ fn get(mut caller: Caller<'_, HostState>, path: u32, len: u32, to: u32, to_len: 
             count -= 1;
         }
         let path = parts.get(..count).ok_or(Status::NotFound)?;
-        find(state, raw, path, out)
+        find(state, state.effective, raw, path, out)
     })
 }
 
-pub(super) fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<u8>) -> Result<(), Status> {
-    if let Some(stream) = state.streams.get(&state.effective) {
+/// Gives a context's property, from its place in the whole path and its parts.
+pub(super) fn find(
+    state: &HostState,
+    context: u32,
+    raw: &[u8],
+    path: &[&[u8]],
+    out: &mut Vec<u8>,
+) -> Result<(), Status> {
+    if let Some(stream) = state.streams.get(&context) {
         if let Some(value) = stream.properties.get(path) {
             out.extend_from_slice(&value);
             return Ok(());
@@ -58,22 +66,12 @@ pub(super) fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<
         {
             return Ok(());
         }
-        // As Envoy: a property that was set is found by its whole name, and in the filter state under `wasm.` and its name.
-        let set = |name: &[u8]| stream.own_properties.iter().find(|(key, _)| key == name).map(|(_, value)| value);
-        let own = if let [name] = path { set(name).or_else(|| set(raw)) } else { None };
-        let filter_state = || match path {
-            [b"filter_state", key] => {
-                let stored = std::str::from_utf8(key).ok().and_then(|key| stream.filter_state.get(key));
-                stored.or_else(|| key.strip_prefix(b"wasm.").and_then(set))
-            }
-            _ => None,
-        };
-        if let Some(value) = own.or_else(filter_state) {
-            out.extend_from_slice(value);
+        if let Some(value) = stored(stream, raw, path)? {
+            out.extend_from_slice(&value);
             return Ok(());
         }
     }
-    let plugin = state.root().map(|root| &root.plugin);
+    let plugin = state.root_of(context).map(|root| &root.plugin);
     let value = match (path, plugin) {
         ([b"plugin_name"], Some(plugin)) => plugin.name.as_bytes(),
         ([b"plugin_root_id"], Some(plugin)) => plugin.root_id.as_bytes(),
@@ -86,6 +84,39 @@ pub(super) fn find(state: &HostState, raw: &[u8], path: &[&[u8]], out: &mut Vec<
     };
     out.extend_from_slice(value);
     Ok(())
+}
+
+/// What the guest has stored. As Envoy: a property that was set is found by its whole name, and in the filter state under
+/// `wasm.` and its name.
+fn stored(stream: &Stream, raw: &[u8], path: &[&[u8]]) -> Result<Option<Bytes>, Status> {
+    let shared = stream.properties.connection().map(|connection| connection.0.borrow());
+    let both = || [Some(&stream.stored), shared.as_deref()].into_iter().flatten();
+    let property = |name: &[u8]| both().find_map(|stored| stored.property(name));
+    let object = |key: &str| both().find_map(|stored| stored.filter_state.get(key));
+    Ok(match path {
+        [b"filter_state", key] => {
+            if let Ok(key) = std::str::from_utf8(key)
+                && let Some(value) = object(key)
+            {
+                // Envoy gives a map without keys for an object with fields.
+                let fields = || stored::has_fields(key).then_some(Bytes::from_static(&[0; 4]));
+                return Ok(stored::text_of(key, value).or_else(fields));
+            }
+            match key.strip_prefix(b"wasm.").and_then(property).map(Property::shown) {
+                Some(Some(stored::Shown::Bytes(value) | stored::Shown::Text(value))) => Some(value),
+                Some(None) => return Err(Status::SerializationFailure),
+                None => None,
+            }
+        }
+        [b"filter_state", key, field] => {
+            let key = std::str::from_utf8(key).ok();
+            key.and_then(|key| stored::field_of(key, object(key)?, field))
+        }
+        // Of the metadata that other filters may add there is none.
+        [b"metadata"] => Some(Bytes::new()),
+        [name] => property(name).or_else(|| property(raw)).map(|property| property.value().clone()),
+        _ => None,
+    })
 }
 
 /// Attributes that follow from the headers the VM holds.
@@ -118,9 +149,12 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
             [b"request", b"referer"] => header(&request.headers, b"referer"),
             [b"request", b"useragent"] => header(&request.headers, b"user-agent"),
             [b"request", b"id"] => header(&request.headers, b"x-request-id"),
-            [b"request", b"headers"] => Some(all(&request.headers)),
-            [b"response", b"headers"] => Some(all(&http.response.headers)),
-            [b"response", b"trailers"] => Some(all(&http.response_trailers)),
+            [b"request", b"headers"] => Some(all(request.pseudo(), &request.headers)),
+            [b"response", b"headers"] => Some(all(http.response.pseudo(), &http.response.headers)),
+            [b"response", b"trailers"] => Some(all(std::iter::empty(), &http.response_trailers)),
+            [b"request", b"headers", b"host"] => request.authority.as_ref().map(|value| value.as_bytes().to_vec()),
+            [b"request", b"headers", name @ [b':', ..]] => value_of(request.pseudo(), name),
+            [b"response", b"headers", name @ [b':', ..]] => value_of(http.response.pseudo(), name),
             [b"request", b"headers", name] => header(&request.headers, name),
             [b"response", b"code"] => Some(i64::from(http.response.status.as_u16()).to_le_bytes().to_vec()),
             [b"response", b"headers", name] => header(&http.response.headers, name),
@@ -137,20 +171,22 @@ fn http_attribute(http: &HttpState, path: &[&[u8]], out: &mut Vec<u8>) -> bool {
 }
 
 /// A header map as Envoy gives a whole map: serialized pairs.
-fn all(headers: &HeaderMap) -> Vec<u8> {
+fn all<'a>(pseudo: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone, headers: &'a HeaderMap) -> Vec<u8> {
     let mut out = Vec::new();
-    write_pairs(&mut out, || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes())));
+    let rest = || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    write_pairs(&mut out, || pseudo.clone().chain(rest()));
     out
+}
+
+fn value_of<'a>(mut pseudo: impl Iterator<Item = (&'a [u8], &'a [u8])>, name: &[u8]) -> Option<Vec<u8>> {
+    pseudo.find(|(have, _)| *have == name).map(|(_, value)| value.to_vec())
 }
 
 fn set(mut caller: Caller<'_, HostState>, (path, path_len): (u32, u32), (at, len): (u32, u32)) -> Result<(), Fault> {
     let (memory, state) = split(&mut caller)?;
     let path = read(memory, path, path_len)?;
     let value = Bytes::copy_from_slice(read(memory, at, len)?);
-    let stream = state.stream().ok_or(Status::NotFound)?;
-    match stream.own_properties.iter_mut().find(|(key, _)| key == path) {
-        Some((_, have)) => *have = value,
-        None => stream.own_properties.push((Bytes::copy_from_slice(path), value)),
-    }
-    Ok(())
+    let declared = state.root().and_then(|root| root.declared.get(path)).unwrap_or_default();
+    let Stream { stored, properties, .. } = state.stream().ok_or(Status::NotFound)?;
+    Ok(stored.set(properties.connection(), declared, path, value)?)
 }

@@ -73,7 +73,7 @@ pub(super) fn verify(arguments: &[u8]) -> Result<Vec<u8>, Status> {
         Some(algorithm) => UnparsedPublicKey::new(algorithm, &key.subject_public_key.data)
             .verify(&arguments.text, &arguments.signature)
             .err()
-            .map_or_else(String::new, |_| "Failed to verify digest.".to_owned()),
+            .map_or_else(String::new, |_| "Failed to verify digest. Error code: 0".to_owned()),
     };
     Ok(VerifyResult { result: error.is_empty(), error }.encode_to_vec())
 }
@@ -186,7 +186,7 @@ mod tests {
         assert!(made.result, "{made:?}");
         assert!(verified(&public, "sha256", &made.signature, b"text").result);
         let other = verified(&public, "sha256", &made.signature, b"texts");
-        assert_eq!((other.result, &*other.error), (false, "Failed to verify digest."));
+        assert_eq!((other.result, &*other.error), (false, "Failed to verify digest. Error code: 0"));
     }
 
     #[test]

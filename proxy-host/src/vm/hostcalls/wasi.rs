@@ -4,9 +4,43 @@
 use super::HostState;
 use crate::vm::abi::LogLevel;
 use crate::vm::memory::{read, split, write, write_u32};
-use wasmtime::{Caller, ExternType, Linker, Module, Val, ValType};
+use wasmtime::{Caller, ExternType, ImportType, Linker, Module, Val, ValType};
 
 const WASI: &str = "wasi_snapshot_preview1";
+/// What older toolchains call it.
+const UNSTABLE: &str = "wasi_unstable";
+
+/// Functions that Envoy knows too, without anything behind them.
+const UNSUPPORTED: [&str; 28] = [
+    "fd_advise",
+    "fd_allocate",
+    "fd_datasync",
+    "fd_fdstat_set_rights",
+    "fd_filestat_get",
+    "fd_filestat_set_size",
+    "fd_filestat_set_times",
+    "fd_pread",
+    "fd_pwrite",
+    "fd_read",
+    "fd_readdir",
+    "fd_renumber",
+    "fd_seek",
+    "fd_sync",
+    "fd_tell",
+    "path_create_directory",
+    "path_filestat_get",
+    "path_filestat_set_times",
+    "path_link",
+    "path_readlink",
+    "path_remove_directory",
+    "path_rename",
+    "path_symlink",
+    "path_unlink_file",
+    "sock_accept",
+    "sock_recv",
+    "sock_send",
+    "sock_shutdown",
+];
 
 const SUCCESS: u32 = 0;
 const BADF: u32 = 8;
@@ -72,16 +106,19 @@ pub(super) fn link(linker: &mut Linker<HostState>, module: &Module) -> wasmtime:
     linker.func_wrap(WASI, "proc_exit", |_: Caller<'_, HostState>, code: u32| -> wasmtime::Result<()> {
         Err(wasmtime::Error::new(Exit(code)))
     })?;
-    refuse_the_rest(linker, module)
+    refuse_the_rest(linker, module)?;
+    linker.alias_module(WASI, UNSTABLE)
 }
 
 /// Runtimes import far more than they call; what is not here answers "not supported".
 fn refuse_the_rest(linker: &mut Linker<HostState>, module: &Module) -> wasmtime::Result<()> {
-    for import in module.imports().filter(|import| import.module() == WASI) {
+    let of_wasi = |import: &ImportType<'_>| [WASI, UNSTABLE].contains(&import.module());
+    let unsupported = |import: &ImportType<'_>| of_wasi(import) && UNSUPPORTED.contains(&import.name());
+    for import in module.imports().filter(unsupported) {
         let ExternType::Func(ty) = import.ty() else { continue };
         let returns_errno = ty.results().len() == 1 && ty.results().all(|result| matches!(result, ValType::I32));
-        // Defining a name twice is an error, which here means that it is known.
         if returns_errno {
+            // A module that imports it twice, or by both names, means the same.
             let _ = linker.func_new(WASI, import.name(), ty, |_, _, results| {
                 results.fill(Val::I32(NOSYS));
                 Ok(())

@@ -61,7 +61,6 @@ const PRELUDE: &str = r#"
 (import "wasi_snapshot_preview1" "path_open"
   (func $path_open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
 (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
-(import "env" "not_of_this_abi" (func $unknown))
 (memory (export "memory") 2)
 (func (export "proxy_abi_version_0_2_1"))
 (global $heap (mut i32) (i32.const 65536))

@@ -3,7 +3,9 @@
 
 mod bodies;
 mod calls;
+mod foreign;
 mod headers;
+mod maps;
 mod network;
 mod order;
 mod properties;
@@ -32,6 +34,7 @@ struct Root {
     shared: shared::Root,
     waiting: waiting::Queue,
     released: u32,
+    declared: Vec<String>,
 }
 
 fn text(bytes: Option<Vec<u8>>) -> String {
@@ -61,6 +64,9 @@ impl RootContext for Root {
         if self.kind == "waiting" {
             self.set_tick_period(std::time::Duration::from_millis(50));
         }
+        if self.kind == "foreign" {
+            self.declared = foreign::declare();
+        }
         self.configuration != "refuse"
     }
 
@@ -88,6 +94,8 @@ impl RootContext for Root {
             "http-call" => Box::new(calls::HttpCall),
             "grpc-call" => Box::new(calls::GrpcCall),
             "grpc-stream" => Box::new(calls::GrpcStream::default()),
+            "foreign" => Box::new(foreign::Foreign::new(&self.declared, &configuration)),
+            "maps" => Box::new(maps::Maps { configuration }),
             "shared" => Box::new(shared::Http),
             "waiting" => Box::new(waiting::Waiting { id, queue: self.waiting.clone() }),
             "properties" => Box::new(properties::Properties::new(&configuration)),
