@@ -4,11 +4,12 @@ use std::fs;
 
 use portolan_tests::repo;
 
-const DOCUMENTS: [&str; 6] = [
+const DOCUMENTS: [&str; 7] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "docs/envoy.md",
+    "docs/filter.md",
     "docs/findings.md",
     "tests/conformance/README.md",
 ];
