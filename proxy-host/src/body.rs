@@ -17,12 +17,8 @@ use tokio::{sync::Notify, task::AbortHandle};
 
 use crate::{
     access_log::Entry,
-    exec, flags, idle, replay,
-    router::{self, Deadline},
-    upstream::{
-        answer::{Answer, Broken},
-        http::Lease,
-    },
+    exec, flags, idle, replay, router,
+    upstream::{answer::Broken, http::Carried},
 };
 
 /// Why a body does not go on.
@@ -124,13 +120,14 @@ pub enum RequestBody {
     Copy(replay::Copy),
 }
 
-impl RequestBody {
+impl Default for RequestBody {
     /// No body.
-    #[must_use]
-    pub fn none() -> Self {
+    fn default() -> Self {
         Self::Copy(replay::Copy::default())
     }
+}
 
+impl RequestBody {
     /// Counts into `received`.
     #[must_use]
     pub fn new(inner: Incoming, received: Rc<Received>) -> Self {
@@ -225,7 +222,7 @@ impl Unread {
 
 enum Source {
     Local(Option<Bytes>),
-    Upstream(Answer, Option<Lease>, Option<Deadline>),
+    Upstream(Box<Carried>),
 }
 
 impl ResponseBody {
@@ -252,14 +249,8 @@ impl ResponseBody {
 
     /// The upstream's body; its connection goes back to the pool when the body is through.
     #[must_use]
-    pub fn upstream(
-        body: Answer,
-        lease: Lease,
-        deadline: Option<Deadline>,
-        received: Rc<Received>,
-        entry: Box<Entry>,
-    ) -> Self {
-        let mut source = Source::Upstream(body, Some(lease), deadline);
+    pub fn upstream(carried: Box<Carried>, received: Rc<Received>, entry: Box<Entry>) -> Self {
+        let mut source = Source::Upstream(carried);
         source.finish_at_end(&received);
         Self { source, received, entry, through: false, idle: None, unread: None, held: None }
     }
@@ -284,7 +275,8 @@ impl ResponseBody {
 
     /// What has passed while no frame came: flag, details and error.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<(&'static str, &'static str, BodyError)> {
-        if let Source::Upstream(_, _, Some(deadline)) = &mut self.source
+        if let Source::Upstream(carried) = &mut self.source
+            && let Some(deadline) = &mut carried.deadline
             && deadline.as_mut().poll(cx).is_ready()
         {
             return Poll::Ready(("UT", "response_timeout", BodyError::Timeout));
@@ -297,20 +289,22 @@ impl ResponseBody {
 
 impl Source {
     fn finish_at_end(&mut self, received: &Received) {
-        if let Self::Upstream(body, lease, _) = self
-            && body.is_end_stream()
+        if let Self::Upstream(carried) = self
+            && carried.body.is_end_stream()
         {
-            finish(lease, received);
+            finish(carried, received);
         }
     }
 }
 
 /// The answer is through.
-fn finish(lease: &mut Option<Lease>, received: &Received) {
-    if let Some(lease) = lease.take()
-        && received.is_whole_or_stopped()
-    {
-        lease.finish();
+fn finish(carried: &mut Carried, received: &Received) {
+    if carried.is_leased() {
+        if received.is_whole_or_stopped() {
+            carried.finish();
+        } else {
+            carried.leave();
+        }
     }
 }
 
@@ -322,11 +316,11 @@ impl Body for ResponseBody {
         let received = self.received.clone();
         let frame = match &mut self.source {
             Source::Local(body) => body.take().map(|body| Ok(Frame::data(body))),
-            Source::Upstream(body, lease, _) => {
-                let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) else {
+            Source::Upstream(carried) => {
+                let Poll::Ready(frame) = Pin::new(&mut carried.body).poll_frame(cx) else {
                     let (flag, details, error) = ready!(self.poll_over(cx));
-                    if let Source::Upstream(_, lease, _) = &mut self.source {
-                        lease.take();
+                    if let Source::Upstream(carried) = &mut self.source {
+                        carried.leave();
                     }
                     self.entry.flags = flags::join(self.entry.flags, flag);
                     self.entry.reason = Some(details.into());
@@ -334,9 +328,9 @@ impl Body for ResponseBody {
                 };
                 received.touch();
                 match &frame {
-                    None => finish(lease, &received),
+                    None => finish(carried, &received),
                     Some(Err(error)) => {
-                        lease.take();
+                        carried.leave();
                         // Where the request broke off, so did the connection that the answer comes over.
                         let fault = self.entry.fault().filter(|_| !received.is_whole());
                         let (flag, details) = fault.unwrap_or_else(|| router::cut(error));
@@ -360,14 +354,14 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Local(body) => body.is_none(),
-            Source::Upstream(body, ..) => body.is_end_stream(),
+            Source::Upstream(carried) => carried.body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Local(body) => SizeHint::with_exact(body.as_ref().map_or(0, |b| b.len() as u64)),
-            Source::Upstream(body, ..) => body.size_hint(),
+            Source::Upstream(carried) => carried.body.size_hint(),
         }
     }
 }

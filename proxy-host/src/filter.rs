@@ -145,8 +145,8 @@ impl Properties for Connection {
 
 /// What becomes of a request.
 pub enum HttpVerdict {
-    /// Route it by these headers, and keep it with others of this value.
-    Continue(RequestHead, Option<bytes::Bytes>, Stream),
+    /// Route it by its headers, and keep it with others of this value.
+    Continue(Option<bytes::Bytes>, Stream),
     /// Answer it with this; why, if the filter said.
     Respond(Box<LocalResponse>, Option<String>),
     /// End its stream.
@@ -182,22 +182,22 @@ impl Stream {
         value.ok().flatten().map(|value| String::from_utf8_lossy(&value).into_owned())
     }
 
-    /// Shows the filter the response's headers.
+    /// Shows the filter the response's headers, which it may change.
     ///
     /// # Errors
     /// What to send in place of the response; `None` for a reset.
-    pub async fn response(&self, head: ResponseHead, end: bool) -> Result<ResponseHead, Option<Box<LocalResponse>>> {
+    pub async fn response(&self, head: &mut ResponseHead, end: bool) -> Result<(), Option<Box<LocalResponse>>> {
         let context = self.context;
         let outcome = self.filter.with(Some(self.generation), |vm| {
             if let Some(http) = vm.http(context) {
-                http.response = head;
+                http.response = std::mem::take(head);
             }
             vm.on_response_headers(context, end)
         });
         let Ok(outcome) = outcome else { return Err(None) };
         match self.filter.settle(self.generation, context, outcome).await {
             Some(EffectKind::Continue(_)) => {
-                let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| std::mem::take(&mut http.response)));
+                let take = |vm: &mut Vm| Ok(vm.http(context).map(|http| *head = std::mem::take(&mut http.response)));
                 self.filter.with(Some(self.generation), take).ok().flatten().ok_or(None)
             }
             Some(EffectKind::Respond(response)) => Err(Some(response)),
@@ -256,13 +256,13 @@ impl Filter {
         self.0.traps.get()
     }
 
-    /// Asks about a request; `end`: it has no body.
-    pub async fn request(&self, connection: &Rc<Connection>, head: RequestHead, end: bool) -> HttpVerdict {
+    /// Asks about a request, whose headers the filter may change; `end`: it has no body.
+    pub async fn request(&self, connection: &Rc<Connection>, head: &mut RequestHead, end: bool) -> HttpVerdict {
         let inner = &self.0;
         let generation = inner.generation.get();
         let asked = inner.with(None, |vm| {
             let Some(root) = vm.root(HTTP_ROOT) else { return Ok(None) };
-            let state = HttpState { request: head, ..HttpState::default() };
+            let state = HttpState { request: std::mem::take(head), ..HttpState::default() };
             let context = vm.create_http(root, state, connection.clone())?;
             vm.on_request_headers(context, end).map(|outcome| Some((context, outcome)))
         });
@@ -272,10 +272,13 @@ impl Filter {
             Some(EffectKind::Continue(_)) => {
                 let take = |vm: &mut Vm| {
                     let hash = vm.filter_state(context).and_then(|state| state.get(HASH).cloned());
-                    Ok(vm.http(context).map(|http| (std::mem::take(&mut http.request), hash)))
+                    Ok(vm.http(context).map(|http| {
+                        *head = std::mem::take(&mut http.request);
+                        hash
+                    }))
                 };
                 match inner.with(Some(generation), take) {
-                    Ok(Some((head, hash))) => HttpVerdict::Continue(head, hash, stream),
+                    Ok(Some(hash)) => HttpVerdict::Continue(hash, stream),
                     _ => HttpVerdict::Failed,
                 }
             }
@@ -459,11 +462,11 @@ mod tests {
         let all = async {
             let filter = crashing();
             for crashes in 1..4 {
-                let verdict = filter.request(&connection(), RequestHead::default(), true).await;
+                let verdict = filter.request(&connection(), &mut RequestHead::default(), true).await;
                 assert!(matches!(verdict, HttpVerdict::Failed));
                 assert_eq!(filter.traps(), crashes);
                 // In a crash loop there is no VM until the pause is over; then too nothing is let through.
-                let verdict = filter.request(&connection(), RequestHead::default(), true).await;
+                let verdict = filter.request(&connection(), &mut RequestHead::default(), true).await;
                 assert!(matches!(verdict, HttpVerdict::Failed));
                 assert_eq!(filter.traps(), crashes);
                 tokio::time::sleep(RESTART * 2).await;

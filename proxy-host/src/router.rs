@@ -25,12 +25,11 @@ use crate::{
     stats,
     upstream::{
         Active, ChooseError, Cluster, Endpoint, Wanted,
-        answer::Answer,
         breakers::{Overflow, Taken},
         cluster::Protocol,
         connect::{ConnectError, Stream},
         health::Outcome,
-        http::{self, Lease, SendError},
+        http::{self, Carried, SendError},
     },
     vm::RequestHead,
     worker::Worker,
@@ -45,29 +44,19 @@ const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count
 pub type Deadline = Pin<Box<dyn Future<Output = ()>>>;
 
 /// A request whose way is decided.
-pub struct Outgoing {
-    /// Headers, as the filter left them.
-    pub head: RequestHead,
+pub struct Outgoing<'r> {
+    /// Headers, as the filter left them; they are taken.
+    pub head: &'r mut RequestHead,
     /// The client's body.
     pub body: Incoming,
     /// Counts the body's bytes.
-    pub received: Rc<Received>,
+    pub received: &'r Rc<Received>,
     /// It is a gRPC call.
     pub grpc: bool,
-    /// What the filter says of it.
-    pub orders: Orders,
     /// Who waits for a 100 of the upstream's.
     pub expects: Option<Arc<Control>>,
-}
-
-/// A response, and what there is to know of it.
-pub struct Answered {
-    /// The upstream's.
-    pub response: Response<Answer>,
-    /// What it came over.
-    pub lease: Lease,
-    /// When it has to be through.
-    pub deadline: Option<Deadline>,
+    /// The client speaks HTTP/2.
+    pub client: bool,
 }
 
 /// An endpoint, and not one of those tried before where another can be found.
@@ -101,49 +90,57 @@ async fn choose(
 }
 
 /// The request, for one attempt after another.
-enum Source {
-    /// Gone with the first attempt that sends it.
-    Once(Option<Request<RequestBody>>),
-    /// Made anew for each attempt.
-    Held {
-        method: Method,
-        uri: Uri,
-        version: Version,
-        headers: HeaderMap,
-        /// `None`: there is none.
-        body: Option<Rc<Held>>,
-    },
+struct Source {
+    /// For the next attempt, which takes it when it sends it.
+    request: Option<Request<RequestBody>>,
+    again: Option<Box<Again>>,
+}
+
+/// What a request is made of anew.
+struct Again {
+    method: Method,
+    uri: Uri,
+    version: Version,
+    headers: HeaderMap,
+    /// `None`: there is none.
+    body: Option<Rc<Held>>,
+}
+
+impl Again {
+    fn of(request: &Request<RequestBody>, body: Option<Rc<Held>>) -> Box<Self> {
+        let (method, uri) = (request.method().clone(), request.uri().clone());
+        Box::new(Self { method, uri, version: request.version(), headers: request.headers().clone(), body })
+    }
+
+    fn make(&self) -> Request<RequestBody> {
+        let body = self.body.as_ref().map_or_else(RequestBody::default, |body| RequestBody::Held(body.read()));
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        *request.version_mut() = self.version;
+        *request.headers_mut() = self.headers.clone();
+        request
+    }
 }
 
 impl Source {
-    fn next(&mut self) -> Option<Request<RequestBody>> {
-        match self {
-            Self::Once(request) => request.take(),
-            Self::Held { method, uri, version, headers, body } => {
-                let body = body.as_ref().map_or_else(RequestBody::none, |body| RequestBody::Held(body.read()));
-                let mut request = Request::new(body);
-                *request.method_mut() = method.clone();
-                *request.uri_mut() = uri.clone();
-                *request.version_mut() = *version;
-                *request.headers_mut() = headers.clone();
-                Some(request)
-            }
+    /// Has a request for an attempt after the first, where there can be one.
+    fn renew(&mut self) {
+        if let Some(again) = &self.again {
+            self.request = Some(again.make());
         }
     }
 
     /// Whether there can be another attempt.
     fn is_left(&self) -> bool {
-        match self {
-            Self::Once(request) => request.is_some(),
-            Self::Held { body, .. } => body.as_ref().is_none_or(|body| body.is_whole()),
+        match &self.again {
+            None => self.request.is_some(),
+            Some(again) => again.body.as_ref().is_none_or(|body| body.is_whole()),
         }
     }
 
     fn body(&self) -> Option<&Rc<Held>> {
-        match self {
-            Self::Once(_) => None,
-            Self::Held { body, .. } => body.as_ref(),
-        }
+        self.again.as_ref()?.body.as_ref()
     }
 }
 
@@ -156,24 +153,31 @@ fn speaks_http2(cluster: &Cluster, client: bool) -> bool {
     }
 }
 
-/// The request's target and headers towards an upstream of either version.
-fn towards(head: RequestHead, http2: bool) -> Result<(Method, Uri, HeaderMap), Failure> {
-    let uri = target(&head, http2).map_err(|_| Failure::Filter)?;
-    let mut headers = head.headers;
+/// A request towards an upstream of either version; takes the headers.
+fn towards(head: &mut RequestHead, http2: bool, body: RequestBody) -> Result<Request<RequestBody>, Failure> {
+    let uri = target(head, http2).map_err(|_| Failure::Filter)?;
+    let mut request = Request::new(body);
+    *request.method_mut() = std::mem::take(&mut head.method);
+    let headers = request.headers_mut();
+    *headers = std::mem::take(&mut head.headers);
     if http2 {
-        headers::for_http2(&mut headers);
+        headers::for_http2(headers);
         if let Some(id) = headers.get_mut(X_REQUEST_ID) {
             // It is never the same again: to compress it would compare it with all that went before, for nothing.
             id.set_sensitive(true);
         }
     }
-    if let Some(authority) = head.authority.filter(|_| !http2 || uri.authority().is_none()) {
+    if let Some(authority) = head.authority.take().filter(|_| !http2 || uri.authority().is_none()) {
         headers.insert(HOST, authority);
     }
-    Ok((head.method, uri, headers))
+    *request.uri_mut() = uri;
+    if http2 {
+        *request.version_mut() = Version::HTTP_2;
+    }
+    Ok(request)
 }
 
-/// Sends a request; `client`: the client speaks HTTP/2.
+/// Sends a request.
 ///
 /// # Errors
 /// There is no response.
@@ -181,12 +185,11 @@ pub async fn send(
     worker: &Rc<Worker>,
     cluster: &Cluster,
     wanted: &Wanted,
-    outgoing: Outgoing,
-    client: bool,
+    outgoing: Outgoing<'_>,
     entry: &mut Entry,
-) -> Result<Answered, Failure> {
+) -> Result<Response<Box<Carried>>, Failure> {
+    let Outgoing { head, body, received, grpc, expects, client } = outgoing;
     let http2 = speaks_http2(cluster, client);
-    let Outgoing { mut head, body, received, grpc, orders: Orders { mirrors, retries, .. }, expects } = outgoing;
     if http2 && let Some(control) = &expects {
         // What an HTTP/2 server says before its answer is not looked at.
         control.go_on();
@@ -195,35 +198,32 @@ pub async fn send(
         let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
         headers::frame(&mut head.headers, &head.method, length);
     }
-    let policy = Policy::take(&mut head.headers, grpc, retries);
+    let Orders { mirrors, retries } = headers::take_orders(&mut head.headers);
+    let mut policy = Policy::take(&mut head.headers, grpc, retries);
+    let way = Way { worker, cluster, wanted, http2, expects };
     // A server of HTTP/2 may refuse a stream, as it does at its own end.
     let repeats = policy.repeats || http2 && !body.is_end_stream();
     if repeats || policy.timeout.is_some() || !mirrors.is_empty() {
-        let body = Held::new(body, received);
+        let body = Held::new(body, received.clone());
         for mirror in mirrors {
             mirror::start(worker, mirror, head.clone(), &body, client, policy.timeout);
         }
-        let (method, uri, headers) = towards(head, http2)?;
-        let version = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
-        let source = Source::Held { method, uri, version, headers, body: Some(body) };
+        let request = towards(head, http2, RequestBody::Held(body.read()))?;
+        let again = Again::of(&request, Some(body));
+        let mut source = Source { request: Some(request), again: Some(again) };
         // Rare, and its state must not weigh on each request.
-        let way = Way { worker, cluster, wanted, http2, expects };
-        return Box::pin(way.within(source, policy, entry)).await;
+        return Box::pin(async move { way.within(&mut source, &mut policy, entry).await }).await;
     }
-    let (method, uri, headers) = towards(head, http2)?;
-    let source = if http2 {
+    let mut source = if http2 {
         received.end();
-        Source::Held { method, uri, version: Version::HTTP_2, headers, body: None }
+        let request = towards(head, http2, RequestBody::default())?;
+        let again = Again::of(&request, None);
+        Source { request: Some(request), again: Some(again) }
     } else {
-        let mut request = Request::new(RequestBody::new(body, received));
-        *request.method_mut() = method;
-        *request.uri_mut() = uri;
-        *request.headers_mut() = headers;
-        Source::Once(Some(request))
+        let request = towards(head, http2, RequestBody::new(body, received.clone()))?;
+        Source { request: Some(request), again: None }
     };
-    let way = Way { worker, cluster, wanted, http2, expects };
-    let (response, lease) = way.attempts(source, policy, entry, &mut Progress::default()).await?;
-    Ok(Answered { response, lease, deadline: None })
+    way.attempts(&mut source, &mut policy, entry, &mut Progress::default()).await
 }
 
 /// Where a request goes.
@@ -247,7 +247,12 @@ struct Progress {
 
 impl Way<'_> {
     /// All attempts, with a time limit where the policy has one: it begins at the end of the request.
-    async fn within(&self, source: Source, policy: Policy, entry: &mut Entry) -> Result<Answered, Failure> {
+    async fn within(
+        &self,
+        source: &mut Source,
+        policy: &mut Policy,
+        entry: &mut Entry,
+    ) -> Result<Response<Box<Carried>>, Failure> {
         let no_content = policy.no_content;
         let mut deadline: Option<Deadline> = policy.timeout.map(|timeout| {
             let body = source.body().cloned();
@@ -272,8 +277,11 @@ impl Way<'_> {
             }
         };
         match ended {
-            Some(Ok((response, lease))) => Ok(Answered { response, lease, deadline }),
-            Some(Err(failure)) => Err(failure),
+            Some(answered) => {
+                let mut answered = answered?;
+                answered.body_mut().deadline = deadline;
+                Ok(answered)
+            }
             None => {
                 stats::here(|stats| stats.upstream_request_timeouts.add(1));
                 if let Some(endpoint) = &progress.endpoint {
@@ -286,11 +294,11 @@ impl Way<'_> {
 
     async fn attempts(
         &self,
-        mut source: Source,
-        mut policy: Policy,
+        source: &mut Source,
+        policy: &mut Policy,
         entry: &mut Entry,
         progress: &mut Progress,
-    ) -> Result<(Response<Answer>, Lease), Failure> {
+    ) -> Result<Response<Box<Carried>>, Failure> {
         let mut tried = Vec::new();
         let mut retry = 0;
         let apart = self.cluster.apart(self.wanted);
@@ -298,10 +306,11 @@ impl Way<'_> {
             let chosen = choose(self.worker, self.cluster, self.wanted, &tried, policy.manner).await;
             let endpoint = progress.endpoint.insert(chosen.map_err(Failure::Choose)?).clone();
             entry.upstream = endpoint.address().cloned();
-            let Some(mut request) = source.next() else { return Err(Failure::Filter) };
+            let limit = policy.per_try.map(|time| (time, source.body().cloned()));
+            let Some(request) = &mut source.request else { return Err(Failure::Filter) };
             request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(retry + 1));
             if let Some(control) = self.expects.clone().filter(|_| !self.http2) {
-                hyper::ext::on_informational(&mut request, move |said| {
+                hyper::ext::on_informational(request, move |said| {
                     if said.status() == StatusCode::CONTINUE {
                         control.go_on();
                     }
@@ -310,21 +319,21 @@ impl Way<'_> {
             if retry > 0 && policy.timeout.is_some() {
                 policy.announce(request.headers_mut(), entry.elapsed());
             }
-            let limit = policy.per_try.map(|time| (time, source.body().cloned()));
-            let failure = match http::send(self.cluster, &endpoint, request, self.http2, apart.as_ref(), limit).await {
-                Ok((response, lease)) => {
-                    entry.upstream = Some(lease.address.clone());
+            let unsent = &mut source.request;
+            let failure = match http::send(self.cluster, &endpoint, unsent, self.http2, apart.as_ref(), limit).await {
+                Ok(response) => {
+                    entry.upstream = response.body().address().cloned();
                     self.cluster.note(&endpoint, Outcome::Status(response.status().as_u16()));
                     if !policy.rejects(&response) {
-                        return Ok((response, lease));
+                        return Ok(response);
                     }
-                    if !self.may_retry(&mut policy, &source, progress) {
+                    if !self.may_retry(policy, source, progress) {
                         entry.flags = flags::join(entry.flags, progress.tries.flag);
-                        return Ok((response, lease));
+                        return Ok(response);
                     }
                     None
                 }
-                Err(error) => self.failed(error, &endpoint, &mut source, &mut policy, entry, progress),
+                Err(error) => self.failed(error, &endpoint, source, policy, entry, progress),
             };
             if let Some(failure) = failure {
                 return Err(failure);
@@ -332,6 +341,7 @@ impl Way<'_> {
             tried.push(endpoint);
             retry += 1;
             progress.tries.retried = true;
+            source.renew();
             back_off(retry, policy.manner.base_ms).await;
         }
     }
@@ -341,7 +351,7 @@ impl Way<'_> {
         &self,
         error: SendError,
         endpoint: &Endpoint,
-        source: &mut Source,
+        source: &Source,
         policy: &mut Policy,
         entry: &mut Entry,
         progress: &mut Progress,
@@ -369,15 +379,12 @@ impl Way<'_> {
             }
             // What is too much already is not tried again.
             SendError::Overflow => Some(Failure::Overflow(progress.tries)),
-            SendError::Connect(error, address, unsent) => {
+            SendError::Connect(error, address) => {
                 entry.upstream = address;
                 if let ConnectError::Overflow = error {
                     return Some(Failure::Overflow(progress.tries));
                 }
                 self.cluster.note(endpoint, Outcome::Broken);
-                if let Source::Once(request) = source {
-                    *request = Some(*unsent);
-                }
                 (!again(source, Ended::Connect, false)).then(|| Failure::Connect(error, progress.tries))
             }
         }

@@ -65,9 +65,10 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
     });
     let seen = Rc::downgrade(&from);
     let service = service_fn(move |request| {
-        let (worker, from) = (worker.clone(), from.clone());
+        // Read before there is a future, which would have room for all that is moved in it.
+        let exchange = Exchange::read(&worker, &from, request);
         // In a box: hyper moves the future, and keeps room for one as long as the connection lives.
-        Box::pin(async move { handle(&worker, &from, request).await })
+        Box::pin(handle(worker.clone(), exchange))
     });
     // Each request under way holds what it came over.
     let look = || (seen.strong_count() == 1).then(|| seen.upgrade().map_or(0, |from| from.requests.get()));
@@ -79,15 +80,10 @@ pub async fn serve(worker: Rc<Worker>, connection: Rc<Connection>, client: Rewin
 #[error("the filter reset the request")]
 struct Reset;
 
-async fn handle(
-    worker: &Rc<Worker>,
-    from: &Rc<Client>,
-    request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Reset> {
-    let connect = request.method() == Method::CONNECT;
-    let upgrades = request.version() != Version::HTTP_2 && (connect || headers::upgrade(request.headers()).is_some());
-    let old = (request.version() == Version::HTTP_10).then(|| headers::keeps_alive(request.headers()));
-    let mut answered = answer(worker, from, request).await;
+async fn handle(worker: Rc<Worker>, exchange: Box<Exchange>) -> Result<Response<ResponseBody>, Reset> {
+    let from = exchange.from.clone();
+    let Asked { connect, upgrades, old, .. } = exchange.asked;
+    let mut answered = answer(&worker, exchange).await;
     if let Ok(response) = &mut answered
         && (from.closes.get()
             || old.is_some_and(|kept| {
@@ -111,32 +107,17 @@ async fn handle(
     answered
 }
 
-async fn answer(
-    worker: &Rc<Worker>,
-    from: &Rc<Client>,
-    request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Reset> {
-    let connection = &from.connection;
-    from.requests.set(from.requests.get() + 1);
-    let mut entry = Box::new(Entry::new(&worker.log));
-    entry.client = Some((from.control.clone(), request.version() == Version::HTTP_2));
-    let mut exchange = Exchange {
-        from: from.clone(),
-        entry,
-        received: Rc::default(),
-        grpc: headers::is_grpc(request.headers()),
-        stream: None,
-    };
-    let (head, request) = match exchange.read(request, worker.config.http, worker.log.is_on()) {
-        Ok(read) => read,
-        Err((status, flags)) => return Ok(exchange.refuse_text(status, flags)),
-    };
-    let method = head.method.clone();
-    let (mut head, hash) = match worker.filter.request(connection, head, request.body().is_end_stream()).await {
-        HttpVerdict::Continue(head, hash, stream) => {
+async fn answer(worker: &Rc<Worker>, mut exchange: Box<Exchange>) -> Result<Response<ResponseBody>, Reset> {
+    if let Some((status, flags)) = exchange.refused {
+        return Ok(exchange.refuse_text(status, flags));
+    }
+    let connection = exchange.from.connection.clone();
+    let end = exchange.body.as_ref().is_none_or(Incoming::is_end_stream);
+    let hash = match worker.filter.request(&connection, &mut exchange.head, end).await {
+        HttpVerdict::Continue(hash, stream) => {
             exchange.entry.decision = stream.decision();
             exchange.stream = Some(stream);
-            (head, hash)
+            hash
         }
         HttpVerdict::Respond(response, decision) => {
             exchange.entry.decision = decision;
@@ -152,14 +133,15 @@ async fn answer(
             return Ok(exchange.refuse(StatusCode::SERVICE_UNAVAILABLE, body, ""));
         }
     };
-    let name = head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
-    let Some(name) = name.filter(|_| method != Method::CONNECT || connection.is_proxied()) else {
+    let connect = exchange.asked.connect;
+    let name = exchange.head.headers.remove(CLUSTER).and_then(|name| name.to_str().ok().map(str::to_owned));
+    let Some(name) = name.filter(|_| !connect || connection.is_proxied()) else {
         exchange.entry.reason = Some("route_not_found".into());
         return Ok(Box::pin(exchange.shown(|e| e.refuse(StatusCode::NOT_FOUND, Bytes::new(), "NR"))).await);
     };
-    let faulty = router::has_fault(&head.headers);
-    let delay = if faulty { router::delay(&mut head.headers) } else { None };
-    if faulty && let Some((status, grpc)) = router::abort(&mut head.headers) {
+    let faulty = router::has_fault(&exchange.head.headers);
+    let delay = if faulty { router::delay(&mut exchange.head.headers) } else { None };
+    if faulty && let Some((status, grpc)) = router::abort(&mut exchange.head.headers) {
         if let Some(delay) = delay {
             exchange.entry.flags = "DI";
             Box::pin(tokio::time::sleep(delay)).await;
@@ -168,14 +150,13 @@ async fn answer(
         exchange.entry.reason = Some("fault_filter_abort".into());
         return Ok(exchange.reply(status, Bytes::from_static(b"fault filter abort"), grpc));
     }
-    let orders = headers::take_orders(&mut head.headers);
     let found = worker.cluster(&name).await;
     exchange.entry.cluster = Some(name);
     let cluster = match found {
         Ok(cluster) => cluster,
         Err(error) => {
             exchange.entry.reason = Some(error.to_string());
-            let refuse = |e: Exchange| e.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC");
+            let refuse = |e: Box<Exchange>| e.refuse(StatusCode::SERVICE_UNAVAILABLE, Bytes::new(), "NC");
             return Ok(Box::pin(exchange.shown(refuse)).await);
         }
     };
@@ -183,25 +164,25 @@ async fn answer(
         exchange.entry.flags = flags::join(exchange.entry.flags, "DI");
         Box::pin(tokio::time::sleep(delay)).await;
     }
-    let (host, port) = authority_parts(head.authority.as_ref());
+    let (host, port) = authority_parts(exchange.head.authority.as_ref());
     let destination = connection.meant_for();
     let hash = hash.map(|value| hash::of(&value));
-    let wanted = Wanted { destination, host, port, hash, client: Some(connection.clone()) };
-    let answered = if method == Method::CONNECT {
-        Box::pin(exchange.tunnel(worker, &cluster, &wanted, request)).await
+    let wanted = Wanted { destination, host, port, hash, client: Some(connection) };
+    let answered = if connect {
+        Box::pin(exchange.tunnel(worker, &cluster, &wanted)).await
     } else {
-        exchange.forward(worker, &cluster, &wanted, (head, orders), request).await
+        exchange.forward(worker, &cluster, &wanted).await
     };
     match answered {
         Ok(response) => Ok(response),
-        Err((mut exchange, failure)) => match from.control.broken() {
+        Err((mut exchange, failure)) => match exchange.from.control.broken() {
             // It failed because the client's body did.
             Some(Refusal { status, details }) => {
                 exchange.entry.reason = Some(details.into());
                 Ok(exchange.refuse_text(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), "DPE"))
             }
             // The client left in the middle of its request: there is nobody to be answered.
-            None if from.control.end() == End::Gone && !exchange.received.is_whole() => {
+            None if exchange.from.control.end() == End::Gone && !exchange.received.is_whole() => {
                 exchange.entry.received = exchange.received.bytes();
                 Err(Reset)
             }
@@ -213,24 +194,68 @@ async fn answer(
 /// Status and flags of an answer to a request that goes nowhere.
 type Refused = (StatusCode, &'static str);
 
-/// One request on its way.
+/// What a request is, before anything is changed in it.
+#[derive(Clone, Copy)]
+struct Asked {
+    connect: bool,
+    http2: bool,
+    /// Its connection may become another one.
+    upgrades: bool,
+    /// HTTP/1.0; whether the connection is to be kept.
+    old: Option<bool>,
+}
+
+/// One request on its way. In a box wherever it goes, as it is large.
 struct Exchange {
     from: Rc<Client>,
     entry: Box<Entry>,
     received: Rc<Received>,
     grpc: bool,
+    asked: Asked,
+    refused: Option<Refused>,
+    head: RequestHead,
+    /// `None` for a request that is refused.
+    body: Option<Incoming>,
+    /// The connection, once it is no longer HTTP.
+    upgrade: Option<OnUpgrade>,
     /// The filter's part in it, until it has seen the answer.
     stream: Option<Stream>,
 }
 
 impl Exchange {
+    /// A request as it came.
+    fn read(worker: &Worker, from: &Rc<Client>, mut request: Request<Incoming>) -> Box<Self> {
+        from.requests.set(from.requests.get() + 1);
+        let version = request.version();
+        let http2 = version == Version::HTTP_2;
+        let connect = request.method() == Method::CONNECT;
+        let upgrades = !http2 && (connect || headers::upgrade(request.headers()).is_some());
+        let asked = Asked {
+            connect,
+            http2,
+            upgrades,
+            old: (version == Version::HTTP_10).then(|| headers::keeps_alive(request.headers())),
+        };
+        let mut entry = Box::new(Entry::new(&worker.log));
+        entry.client = Some((from.control.clone(), http2));
+        let mut exchange = Box::new(Self {
+            from: from.clone(),
+            entry,
+            received: Rc::default(),
+            grpc: headers::is_grpc(request.headers()),
+            asked,
+            refused: None,
+            head: RequestHead::default(),
+            body: None,
+            upgrade: (connect || upgrades).then(|| hyper::upgrade::on(&mut request)),
+            stream: None,
+        });
+        exchange.refused = exchange.prepare(request, worker.config.http, worker.log.is_on()).err();
+        exchange
+    }
+
     /// Brings a request into the shape in which a filter sees it, as Envoy's connection manager does.
-    fn read(
-        &mut self,
-        request: Request<Incoming>,
-        limits: HttpLimits,
-        logged: bool,
-    ) -> Result<(RequestHead, Request<Incoming>), Refused> {
+    fn prepare(&mut self, request: Request<Incoming>, limits: HttpLimits, logged: bool) -> Result<(), Refused> {
         if let Some((status, details)) = guard::refused(&request) {
             self.entry.request = Some(("-".into(), "-".into(), "HTTP/1.1"));
             let flag = if strict::is_of_codec(&details) { "DPE" } else { "" };
@@ -247,7 +272,7 @@ impl Exchange {
             }
             None => host,
         };
-        let connect = parts.method == Method::CONNECT;
+        let connect = self.asked.connect;
         let path = parts.uri.path_and_query().filter(|_| !connect).map_or("/", |path| path.as_str());
         let path = if path.is_empty() { "/" } else { path };
         let normal = path::normalize(path.as_bytes());
@@ -300,41 +325,42 @@ impl Exchange {
             Ok(Cow::Owned(path)) => HeaderValue::from_maybe_shared(Bytes::from(path)).ok(),
             _ => HeaderValue::from_str(path).ok(),
         };
-        let head = RequestHead {
-            method: parts.method.clone(),
-            scheme: Some(HeaderValue::from_static(self.from.connection.scheme())),
-            authority,
-            path,
-            headers: std::mem::take(&mut parts.headers),
-        };
-        Ok((head, Request::from_parts(parts, body)))
+        self.head.method = parts.method;
+        self.head.scheme = Some(HeaderValue::from_static(self.from.connection.scheme()));
+        self.head.authority = authority;
+        self.head.path = path;
+        self.head.headers = parts.headers;
+        self.body = Some(body);
+        Ok(())
     }
 
     async fn forward(
-        mut self,
+        mut self: Box<Self>,
         worker: &Rc<Worker>,
         cluster: &crate::upstream::Cluster,
         wanted: &Wanted,
-        (head, orders): (RequestHead, headers::Orders),
-        mut incoming: Request<Incoming>,
-    ) -> Result<Response<ResponseBody>, (Self, Failure)> {
-        let same = incoming.version() == Version::HTTP_2;
-        let upgrade = head.headers.contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut incoming));
-        let received = self.received.clone();
-        let expects = (!same && is_expected(&head.headers)).then(|| self.from.control.clone());
+    ) -> Result<Response<ResponseBody>, (Box<Self>, Failure)> {
+        let upgrade = self.upgrade.take().filter(|_| self.head.headers.contains_key(UPGRADE));
+        let client = self.asked.http2;
+        let expects = (!client && is_expected(&self.head.headers)).then(|| self.from.control.clone());
         if let Some(control) = &expects {
             control.expects();
         }
-        let request = router::Outgoing { head, body: incoming.into_body(), received, grpc: self.grpc, orders, expects };
-        let (idle, seen) = (worker.config.http.stream_idle, self.received.clone());
+        let idle = worker.config.http.stream_idle;
         let sent = {
-            let sending = pin!(router::send(worker, cluster, wanted, request, same, &mut self.entry));
-            idle::within(idle, || Some(seen.moved()), sending).await
+            let Self { head, body, received, grpc, entry, .. } = &mut *self;
+            let Some(body) = body.take() else { return Err((self, Failure::Filter)) };
+            let request = router::Outgoing { head, body, received, grpc: *grpc, expects, client };
+            let sending = pin!(router::send(worker, cluster, wanted, request, entry));
+            idle::within(idle, || Some(received.moved()), sending).await
         };
-        let router::Answered { mut response, lease, deadline } = match sent {
-            Some(Ok(answered)) => answered,
+        let mut response = match sent {
+            Some(Ok(response)) => response,
             Some(Err(failure)) => return Err((self, failure)),
-            None => return Err((self, Failure::Idle { whole: seen.is_whole() })),
+            None => {
+                let whole = self.received.is_whole();
+                return Err((self, Failure::Idle { whole }));
+            }
         };
         let time = self.entry.elapsed();
         self.entry.service_time = Some(time);
@@ -345,23 +371,21 @@ impl Exchange {
         } else {
             headers::remove_hop_by_hop(response.headers_mut());
         }
-        let (mut parts, body) = response.into_parts();
-        parts.headers.insert(SERVICE_TIME, HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
-        let head = ResponseHead { status: parts.status, headers: std::mem::take(&mut parts.headers) };
-        let answered = match self.stream.take() {
-            Some(stream) => stream.response(head, body.is_end_stream()).await,
-            None => Ok(head),
-        };
-        let head = match answered {
-            Ok(head) => head,
-            Err(Some(response)) => return Ok(self.local(*response)),
-            Err(None) => return Err((self, Failure::Filter)),
-        };
+        let (parts, carried) = response.into_parts();
+        let mut head = ResponseHead { status: parts.status, headers: parts.headers };
+        head.headers.insert(SERVICE_TIME, HeaderValue::from(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
+        if let Some(stream) = self.stream.take() {
+            match stream.response(&mut head, carried.body.is_end_stream()).await {
+                Ok(()) => {}
+                Err(Some(response)) => return Ok(self.local(*response)),
+                Err(None) => return Err((self, Failure::Filter)),
+            }
+        }
         self.entry.status = head.status.as_u16();
         let body = match ends {
-            None => ResponseBody::upstream(body, lease, deadline, self.received, self.entry).limited(idle),
+            None => ResponseBody::upstream(carried, self.received, self.entry).limited(idle),
             Some((client, upstream)) => {
-                let held = (self.from.open.clone(), lease);
+                let held = (self.from.open.clone(), carried);
                 exec::spawn(both_ways(client, upstream, idle, self.entry, held));
                 // Its line is written at the end of the connection.
                 ResponseBody::silent(self.received)
@@ -375,17 +399,16 @@ impl Exchange {
 
     /// CONNECT on the HTTP proxy listener: bytes both ways once there is a connection.
     async fn tunnel(
-        mut self,
+        mut self: Box<Self>,
         worker: &Rc<Worker>,
         cluster: &crate::upstream::Cluster,
         wanted: &Wanted,
-        mut request: Request<Incoming>,
-    ) -> Result<Response<ResponseBody>, (Self, Failure)> {
+    ) -> Result<Response<ResponseBody>, (Box<Self>, Failure)> {
         let (upstream, active) = match router::connect(worker, cluster, wanted, &mut self.entry).await {
             Ok(connected) => connected,
             Err(failure) => return Err((self, failure)),
         };
-        let client = hyper::upgrade::on(&mut request);
+        let Some(client) = self.upgrade.take() else { return Err((self, Failure::Filter)) };
         self.entry.status = 200;
         let stream = self.stream.take();
         let entry = self.entry;
@@ -404,13 +427,16 @@ impl Exchange {
 
     /// An answer of our own to a request that the filter let pass. It may change its headers, as in Envoy, where local
     /// replies go by all filters.
-    async fn shown(mut self, reply: impl FnOnce(Self) -> Response<ResponseBody>) -> Response<ResponseBody> {
+    async fn shown(
+        mut self: Box<Self>,
+        reply: impl FnOnce(Box<Self>) -> Response<ResponseBody>,
+    ) -> Response<ResponseBody> {
         let stream = self.stream.take();
         let mut response = reply(self);
         let Some(stream) = stream else { return response };
-        let head = ResponseHead { status: response.status(), headers: response.headers().clone() };
+        let mut head = ResponseHead { status: response.status(), headers: response.headers().clone() };
         // Where the filter fails, what was to be said is still true.
-        if let Ok(head) = stream.response(head, response.body().is_end_stream()).await {
+        if stream.response(&mut head, response.body().is_end_stream()).await.is_ok() {
             *response.status_mut() = head.status;
             *response.headers_mut() = head.headers;
         }
@@ -418,7 +444,7 @@ impl Exchange {
     }
 
     /// An answer of the filter's.
-    fn local(mut self, response: LocalResponse) -> Response<ResponseBody> {
+    fn local(mut self: Box<Self>, response: LocalResponse) -> Response<ResponseBody> {
         self.entry.reason = Some(String::from_utf8_lossy(&response.details).into_owned());
         let grpc = self.grpc;
         let mut answer = self.reply(response.status, response.body, response.grpc_status);
@@ -433,13 +459,13 @@ impl Exchange {
     }
 
     /// An answer of our own, with Envoy's flag for it.
-    fn refuse(mut self, status: StatusCode, body: Bytes, flags: &'static str) -> Response<ResponseBody> {
+    fn refuse(mut self: Box<Self>, status: StatusCode, body: Bytes, flags: &'static str) -> Response<ResponseBody> {
         self.entry.flags = flags::join(self.entry.flags, flags);
         self.reply(status, body, None)
     }
 
     /// The same with the status's name as its body, as Envoy's codec answers; its connection ends.
-    fn refuse_text(self, status: StatusCode, flags: &'static str) -> Response<ResponseBody> {
+    fn refuse_text(self: Box<Self>, status: StatusCode, flags: &'static str) -> Response<ResponseBody> {
         let said = flags == "DPE" || status == StatusCode::REQUEST_TIMEOUT;
         let text = if said { guard::refusal_text(status) } else { "" };
         let mut response = self.refuse(status, Bytes::from_static(text.as_bytes()), flags);
@@ -451,7 +477,7 @@ impl Exchange {
         response
     }
 
-    fn failed(mut self, failure: &Failure) -> Response<ResponseBody> {
+    fn failed(mut self: Box<Self>, failure: &Failure) -> Response<ResponseBody> {
         self.entry.reason = Some(failure.details());
         let mut answer = self.refuse(failure.status(), Bytes::from(failure.body()), failure.flags());
         match failure {
@@ -467,7 +493,7 @@ impl Exchange {
         answer
     }
 
-    fn reply(mut self, status: StatusCode, body: Bytes, grpc_status: Option<u32>) -> Response<ResponseBody> {
+    fn reply(mut self: Box<Self>, status: StatusCode, body: Bytes, grpc_status: Option<u32>) -> Response<ResponseBody> {
         let mut headers = HeaderMap::new();
         headers.insert(SERVER, HeaderValue::from_static("portolan"));
         let (status, body) = if self.grpc {

@@ -2,7 +2,6 @@
 
 use std::{rc::Rc, time::Duration};
 
-use ::http::{Request, Version};
 use http_body_util::BodyExt as _;
 
 use super::{choose, speaks_http2, towards};
@@ -24,7 +23,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 pub(super) fn start(
     worker: &Rc<Worker>,
     name: String,
-    head: RequestHead,
+    mut head: RequestHead,
     body: &Held,
     client: bool,
     timeout: Option<Duration>,
@@ -38,20 +37,14 @@ pub(super) fn start(
             let (host, port) = authority_parts(head.authority.as_ref());
             let wanted = Wanted { destination: None, host, port, hash: None, client: None };
             let http2 = speaks_http2(&cluster, client);
-            let Ok((method, uri, headers)) = towards(head, http2) else { return };
+            let Ok(request) = towards(&mut head, http2, RequestBody::Copy(body)) else { return };
             let Ok(endpoint) = choose(&worker, &cluster, &wanted, &[], Retries::default()).await else { return };
-            let mut request = Request::new(RequestBody::Copy(body));
-            *request.method_mut() = method;
-            *request.uri_mut() = uri;
-            if http2 {
-                *request.version_mut() = Version::HTTP_2;
-            }
-            *request.headers_mut() = headers;
-            let sent = http::send(&cluster, &endpoint, request, http2, cluster.apart(&wanted).as_ref(), None).await;
-            if let Ok((response, lease)) = sent {
-                let mut body = response.into_body();
-                while let Some(Ok(_)) = body.frame().await {}
-                lease.finish();
+            let apart = cluster.apart(&wanted);
+            let sent = http::send(&cluster, &endpoint, &mut Some(request), http2, apart.as_ref(), None).await;
+            if let Ok(response) = sent {
+                let mut carried = response.into_body();
+                while let Some(Ok(_)) = carried.body.frame().await {}
+                carried.finish();
             }
         };
         // How it went is nobody's business.

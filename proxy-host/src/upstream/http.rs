@@ -23,7 +23,7 @@ use super::{
     connect::ConnectError,
     http2, options,
 };
-use crate::{body::RequestBody, exec, headers, replay::Held, stats};
+use crate::{body::RequestBody, exec, headers, replay::Held, router::Deadline, stats};
 
 /// Connections of one endpoint that carry nothing right now, and its HTTP/2 connection.
 #[derive(Default)]
@@ -77,26 +77,52 @@ impl Pool {
     }
 }
 
-/// What a response came over; give it back with [`Lease::finish`] once its body has been read to the end.
-pub struct Lease {
+/// The body of a response, and what it came over. In a box, as it goes a long way.
+pub struct Carried {
+    /// The body.
+    pub body: Answer,
+    /// When it has to be through.
+    pub deadline: Option<Deadline>,
+    lease: Option<Lease>,
+}
+
+/// A connection that is in use.
+struct Lease {
     endpoint: Rc<Endpoint>,
     sender: Option<http1::SendRequest<RequestBody>>,
     apart: Option<Rc<Apart>>,
     left: u32,
-    /// The address that answered.
-    pub address: Address,
+    address: Address,
     _active: Active,
     _request: Option<Taken>,
 }
 
-impl Lease {
-    /// Puts the connection back for the next request.
-    pub fn finish(mut self) {
-        if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed() && self.left > 0) {
-            let (address, apart) = (self.address.clone(), self.apart.take());
-            let idle = Idle { sender, address, apart, left: self.left, since: Instant::now() };
-            self.endpoint.pool.idle.borrow_mut().push(idle);
-            self.endpoint.pool.freed.notify_one();
+impl Carried {
+    /// The address that answered, while the connection is in use.
+    #[must_use]
+    pub fn address(&self) -> Option<&Address> {
+        self.lease.as_ref().map(|lease| &lease.address)
+    }
+
+    /// Whether the connection is in use.
+    #[must_use]
+    pub fn is_leased(&self) -> bool {
+        self.lease.is_some()
+    }
+
+    /// Leaves the connection, for nobody to use again.
+    pub fn leave(&mut self) {
+        self.lease = None;
+    }
+
+    /// The body has been read to its end: the connection is there for the next request.
+    pub fn finish(&mut self) {
+        let Some(mut lease) = self.lease.take() else { return };
+        if let Some(sender) = lease.sender.take().filter(|sender| !sender.is_closed() && lease.left > 0) {
+            let (address, apart) = (lease.address.clone(), lease.apart.take());
+            let idle = Idle { sender, address, apart, left: lease.left, since: Instant::now() };
+            lease.endpoint.pool.idle.borrow_mut().push(idle);
+            lease.endpoint.pool.freed.notify_one();
         }
     }
 }
@@ -106,7 +132,7 @@ impl Lease {
 pub enum SendError {
     /// No connection; the request was not sent and may go elsewhere.
     #[error("{0}")]
-    Connect(#[source] ConnectError, Option<Address>, Box<Request<RequestBody>>),
+    Connect(#[source] ConnectError, Option<Address>),
     /// There are as many requests as there may be.
     #[error("overflow")]
     Overflow,
@@ -141,18 +167,18 @@ async fn in_time<T>(limit: Option<&Limit>, sending: impl Future<Output = T>) -> 
     }
 }
 
-/// Sends the request over a kept or a new connection.
+/// Sends the request over a kept or a new connection. It is taken, unless nothing of it was sent.
 ///
 /// # Errors
 /// See [`SendError`].
 pub async fn send(
     cluster: &Cluster,
     endpoint: &Rc<Endpoint>,
-    mut request: Request<RequestBody>,
+    request: &mut Option<Request<RequestBody>>,
     http2: bool,
     apart: Option<&Rc<Apart>>,
     limit: Option<Limit>,
-) -> Result<(Response<Answer>, Lease), SendError> {
+) -> Result<Response<Box<Carried>>, SendError> {
     let spec = cluster.spec();
     let Ok(counted) = spec.shared.request(&spec.options.limits) else {
         stats::here(|stats| stats.upstream_overflows.add(1));
@@ -162,7 +188,7 @@ pub async fn send(
     loop {
         let Checked { mut sender, address, apart, left, kept } = match checkout(cluster, endpoint, http2, apart).await {
             Ok(found) => found,
-            Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned(), Box::new(request))),
+            Err(error) => return Err(SendError::Connect(error, endpoint.address().cloned())),
         };
         let sent = match &limit {
             None => sender.send(request).await,
@@ -192,11 +218,14 @@ pub async fn send(
                     _active: active,
                     _request: counted,
                 };
-                return Ok((response, lease));
+                return Ok(response.map(|body| Box::new(Carried { body, deadline: None, lease: Some(lease) })));
             }
             // The far end closed a kept connection while it was idle: nothing of the request has left.
-            Err((_, Some(unsent))) if kept => request = unsent,
-            Err((error, _)) => return Err(SendError::Reset { error, address }),
+            Err(_) if kept && request.is_some() => {}
+            Err(error) => {
+                *request = None;
+                return Err(SendError::Reset { error, address });
+            }
         }
     }
 }
@@ -207,23 +236,19 @@ enum Sender {
 }
 
 impl Sender {
-    /// Gives the request back where nothing of it was sent.
-    async fn send(
-        &mut self,
-        request: Request<RequestBody>,
-    ) -> Result<Response<Answer>, (Broken, Option<Request<RequestBody>>)> {
+    /// Leaves the request where it is if nothing of it was sent.
+    async fn send(&mut self, place: &mut Option<Request<RequestBody>>) -> Result<Response<Answer>, Broken> {
+        // Who calls has one.
+        let request = place.take().unwrap_or_default();
         match self {
             Self::Http1(sender) => match sender.try_send_request(request).await {
                 Ok(response) => Ok(response.map(Answer::Http1)),
                 Err(mut failure) => {
-                    let unsent = failure.take_message();
-                    Err((failure.into_error().into(), unsent))
+                    *place = failure.take_message();
+                    Err(failure.into_error().into())
                 }
             },
-            Self::Http2(sender) => match http2::send(sender, request).await {
-                Ok(response) => Ok(response.map(Answer::Http2)),
-                Err(error) => Err((error.into(), None)),
-            },
+            Self::Http2(sender) => Ok(http2::send(sender, request).await?.map(Answer::Http2)),
         }
     }
 }
