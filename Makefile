@@ -39,6 +39,7 @@ test: lint check-wasm test-unit test-istio conformance test-envoy test-kubernete
 
 test-unit: build-tests  ## cargo test of every crate
 	-tests/venv.sh
+	@tests/packages.sh ip:iproute2 iptables:iptables nft:nftables
 	cargo test --workspace --locked --no-fail-fast
 
 h2spec: toolchain  ## conformance of proxy-host's HTTP/2 side; part of test-unit (needs Go)

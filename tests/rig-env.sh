@@ -4,11 +4,7 @@
 rig_env() {
     local here tools=(ip iptables openssl ss setpriv unshare python3 curl) tool missing=()
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    have_all() { for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || return 1; done; }
-    if ! have_all && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y iproute2 iptables openssl util-linux python3-venv curl >/dev/null
-    fi
+    "$here/packages.sh" ip:iproute2 iptables:iptables openssl:openssl ss:iproute2 setpriv:util-linux unshare:util-linux python3:python3-venv curl:curl
     for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
     if [ "$(id -u)" != 0 ] || [ ${#missing[@]} != 0 ]; then
         echo "SKIPPED: $1 needs root and ${tools[*]}; missing: ${missing[*]:-root}"
